@@ -55,7 +55,7 @@ WITHOUT := --no-emit-package torch --no-emit-package torchvision --no-emit-packa
 CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 lock:
 	$(LOCK) $(CPU_TORCH) --extra cpu $(WITHOUT) -o requirements-cpu.lock
-	$(LOCK) $(CPU_TORCH) --extra cpu --extra dev $(WITHOUT) -c requirements-cpu.lock -o requirements-dev.lock
+	$(LOCK) $(CPU_TORCH) --extra cpu --extra dev --extra trackers --extra lm-eval $(WITHOUT) -c requirements-cpu.lock -o requirements-dev.lock
 	$(LOCK) --extra cuda -o requirements-cuda.lock
 
 clean:
