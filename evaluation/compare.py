@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
-from evaluation.report.numbers import ModelScores, gather_scores, interval_text, mean_of, pair
+from evaluation.report.headline import interval_text
 from evaluation.report.run_files import RunFiles, read_run
+from evaluation.report.scores import ModelScores, gather_scores, mean_of, pair
 from evaluation.statistics import Estimate, PairedDifference, holm
 
 # A mean over fewer of the prompts than this says too little about all of them.

@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 import yaml
 
 from evaluation.errors import EvaluationError
-from evaluation.report.numbers import asked_ids, categories_of, gather_scores
 from evaluation.report.page import visible
 from evaluation.report.run_files import RunFiles, read_run
+from evaluation.report.scores import asked_ids, categories_of, gather_scores
 from evaluation.rows import Row
 
 Format = Literal["alpaca-eval-outputs", "alpaca-eval-annotations", "lm-eval-samples", "openai-batch", "model-index"]

@@ -16,8 +16,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from evaluation.report.numbers import asked_ids, categories_of, interval_text
+from evaluation.report.headline import interval_text
 from evaluation.report.run_files import RunFiles
+from evaluation.report.scores import asked_ids, categories_of
 from evaluation.rows import Row
 
 # Characters that reorder or hide text: bidirectional marks, zero-width marks, byte order mark, control characters.

@@ -12,8 +12,8 @@ from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
 from evaluation.report import build
 from evaluation.report.build import write_report
-from evaluation.report.numbers import gather_scores
 from evaluation.report.page import markdown_cell, script_json, visible
+from evaluation.report.scores import gather_scores
 
 _synthetic = runpy.run_path(str(Path(__file__).parent / "synthetic.py"))
 make_run, write_jsonl, HOSTILE = _synthetic["make_run"], _synthetic["write_jsonl"], _synthetic["HOSTILE"]

@@ -1,0 +1,85 @@
+"""What a reader must know before believing the headline: pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import yaml
+
+from evaluation.report.run_files import RunFiles
+from evaluation.report.scores import ModelScores, have_one_judge
+from evaluation.rows import Row
+from evaluation.statistics import bounds_with_missing
+
+
+def find_problems(files: RunFiles, models: dict[str, ModelScores], num_asked: int) -> list[str]:
+    """What a reader must know before believing the headline, the gravest first."""
+    problems = []
+    base, tuned = models.get("base"), models.get("tuned")
+    if base and tuned and not have_one_judge(base, tuned):
+        problems.append(
+            f"Base was judged by {', '.join(base.judges)} and tuned by {', '.join(tuned.judges)}: "
+            "their difference is not a measurement. Judge both with one judge."
+        )
+    for name in ("base", "tuned"):
+        if not files.verdicts.get(name):
+            problems.append(f"There are no verdicts on {name}: run the judge stage.")
+    problems += judge_problems(files.judge_summary)
+    problems += _leak_problems(files)
+    skipped = [row for row in files.metrics if row.get("kind") == "skipped"]
+    if skipped:
+        causes = Counter(str(row.get("cause") or "no cause was written") for row in skipped)
+        problems.append(f"Training steps skipped: {len(skipped)} ({'; '.join(causes)}).")
+    for name, scores in models.items():
+        unscored = num_asked - len(scores.scores)
+        if unscored and files.verdicts.get(name):
+            worst, best = bounds_with_missing(list(scores.scores.values()), unscored)
+            problems.append(
+                f"Without a score for {name}: {unscored} of {num_asked} prompts. Had they the lowest or the highest "
+                f"score, its mean would be {worst:.1f} or {best:.1f}."
+            )
+    return problems
+
+
+def _leak_problems(files: RunFiles) -> list[str]:
+    """Train rows that repeat test rows and were not taken out: what was learnt by heart is no answer."""
+    leaks = files.summary.get("leaks") or {}
+    num_train = int(leaks.get("exact_train_rows") or 0) + int(leaks.get("near_train_rows") or 0)
+    settings = yaml.safe_load(files.config) if files.config else None
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if not num_train or (isinstance(data, dict) and data.get("leaks") == "drop"):
+        return []
+    return [
+        f"{leaks.get('test_rows')} test rows stand in the training data too, word for word or nearly ({num_train} "
+        "train rows). Set data.leaks to drop and train again."
+    ]
+
+
+def judge_problems(summary: Row) -> list[str]:
+    """What speaks against the judge, in words.
+
+    Args:
+        summary: `judge/summary.json`; empty for judges that are no language model.
+
+    Returns:
+        One sentence a finding.
+    """
+    problems = []
+    canaries = summary.get("canaries") or {}
+    if canaries.get("talked_over"):
+        fallen = [kind for kind, count in canaries.get("kinds", {}).items() if count.get("fallen_for")]
+        problems.append(
+            f"This judge can be talked over: worthless answers scored above {canaries.get('limit')} "
+            f"({', '.join(fallen)}). A model may have done the same."
+        )
+    for name in summary.get("same_model_as") or []:
+        problems.append(f"The judge is {name} itself: it judges its own words.")
+    for name in summary.get("same_family_as") or []:
+        if name not in (summary.get("same_model_as") or []):
+            problems.append(f"The judge is of the same family as {name} and may favour it.")
+    for name, flag in (summary.get("null_models") or {}).items():
+        problems.append(
+            f"{name} gives one and the same answer to {100 * float(flag.get('share') or 0):.0f}% of the prompts: "
+            f"{str(flag.get('response'))[:80]!r}."
+        )
+    return problems
