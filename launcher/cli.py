@@ -14,7 +14,7 @@ from launcher import results
 from launcher.config import RunConfig, dump_config, load_config
 from launcher.errors import ConfigError, LauncherError
 from launcher.stages import STAGES, Stage
-from launcher.submit.commands import register
+from launcher.submit.commands import MoreSweep, Sweep, register, sweep_words
 
 app = typer.Typer(
     help="Fine-tune a causal language model, and report with error bars how much better it answers.",
@@ -44,19 +44,33 @@ Force = Annotated[
 @app.command()
 def run(
     config: ConfigFile,
+    more: MoreSweep = None,
     set_: Overrides = [],  # noqa: B006 - typer copies it
     run_dir: RunDir = None,
     from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin at this stage.")] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="End after this stage.")] = None,
     only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")] = None,
+    sweep: Sweep = None,
+    side_by_side: Annotated[
+        int, typer.Option(min=1, help="Members of the sweep that run at once, on a cluster that exists.")
+    ] = 1,
     force: Force = False,
     strict: Strict = False,
 ) -> None:
-    """All six stages in order; finished ones are skipped."""
-    if from_ is not None and only is not None:
-        raise ConfigError("give --from or --only, not both")
+    """All six stages in order; finished ones are skipped. With --sweep, for each combination of values."""
+    if words := sweep_words(sweep, more):
+        if from_ or to or only or force:
+            raise ConfigError("--sweep does all stages: leave --from, --to, --only and --force out")
+        _sweep(config, set_, run_dir, words, side_by_side=side_by_side, strict=strict)
+        return
+    if only is not None and (from_ or to):
+        raise ConfigError("give --only alone, or --from and --to")
     first = _stage("--from", from_) if from_ else _stage("--only", only) if only else STAGES[0]
-    last = first if only else STAGES[-1]
-    _run(config, set_, run_dir, list(STAGES[STAGES.index(first) : STAGES.index(last) + 1]), force=force, strict=strict)
+    last = first if only else _stage("--to", to) if to else STAGES[-1]
+    stages = list(STAGES[STAGES.index(first) : STAGES.index(last) + 1])
+    if not stages:
+        raise ConfigError(f"--from {first} --to {last}: {last} comes before {first}")
+    _run(config, set_, run_dir, stages, force=force, strict=strict)
 
 
 @app.command()
@@ -76,9 +90,10 @@ def plan(
     planning.check(loaded)
     if loaded.cluster.slurm is not None:
         from launcher.submit.commands import with_site
-        from launcher.submit.slurm import render
+        from launcher.submit.script import Place, whole_run
 
-        typer.echo(f"\nThe job's script:\n\n{render(with_site(loaded, None), folder.resolve(), Path.cwd())}", nl=False)
+        place = Place(folder.resolve(), Path.cwd(), sys.executable)
+        typer.echo(f"\nThe job's script:\n\n{whole_run(with_site(loaded, None), place)[0].text}", nl=False)
 
 
 @app.command()
@@ -219,8 +234,27 @@ def _run(
     )
 
 
+def _sweep(
+    config: Path, overrides: list[str], run_dir: Path | None, words: list[str], *, side_by_side: int, strict: bool
+) -> None:
+    from launcher import plan as planning
+    from launcher.submit.sweep import members_of, run_members, table, write_members
+
+    folder = _folder(load_config(config, overrides), run_dir).absolute()
+    members = members_of(config, overrides, words, folder)
+    if side_by_side > 1 and any(member.config.cluster.address == "local" for member in members):
+        raise ConfigError("--side-by-side needs a Ray cluster that exists (cluster.address): each would take all here")
+    for member in members:
+        planning.check(member.config)
+    typer.echo(table(members, folder))
+    write_members(members, folder)
+    further = ["--strict"] if strict else []
+    run_members([member.name for member in members], folder, further, side_by_side=side_by_side, say=typer.echo)
+    results.compare([folder])
+
+
 def _folder(config: RunConfig, run_dir: Path | None) -> Path:
-    return run_dir or config.run.storage / config.run.name
+    return run_dir or config.run.directory
 
 
 def _stage(option: str, name: str) -> Stage:

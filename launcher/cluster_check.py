@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from launcher.config import RunConfig
 from launcher.errors import ConfigError, LauncherError
 from launcher.ray_cluster import Resources, check_fits
-from launcher.stages import versions
+from launcher.stages import Stage, versions
 
 PROBE_S = 120
 Found = Mapping[str, Any]
 
 
-def wait_until_fit(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> Resources:
+def wait_until_fit(
+    config: RunConfig, run_dir: Path, stages: Collection[Stage], say: Callable[[str], None]
+) -> Resources:
     """Wait for a joined cluster's nodes and resources, then look at every node.
 
     Args:
         config: the run's configuration; cluster.wait_s bounds the wait.
         run_dir: the run's folder, which every node must see.
+        stages: the stages that shall run there.
         say: shows a line of text.
 
     Returns:
@@ -38,7 +41,7 @@ def wait_until_fit(config: RunConfig, run_dir: Path, say: Callable[[str], None])
     """
     deadline = time.monotonic() + config.cluster.wait_s
     told = False
-    while (missing := _missing(config)) is not None:
+    while (missing := _missing(config, stages)) is not None:
         if time.monotonic() >= deadline:
             raise ConfigError(f"{missing}\nwaited {config.cluster.wait_s:g} s (cluster.wait_s)\n{_holders()}")
         if not told:
@@ -83,15 +86,15 @@ def problems_of(found: Mapping[str, Found | str], here: Mapping[str, str], run_d
     return problems
 
 
-def _missing(config: RunConfig) -> str | None:
+def _missing(config: RunConfig, stages: Collection[Stage]) -> str | None:
     """What the cluster still lacks, in words; None if it lacks nothing."""
     wanted, there = config.cluster.num_nodes or 1, len(_alive())
     if there < wanted:
         return f"cluster.num_nodes: {wanted} nodes are asked, {there} have joined"
     free = ray.available_resources()
     try:
-        check_fits(config, _resources())
-        check_fits(config, Resources(int(free.get("CPU", 0)), int(free.get("GPU", 0))))
+        check_fits(config, _resources(), stages)
+        check_fits(config, Resources(int(free.get("CPU", 0)), int(free.get("GPU", 0))), stages)
     except ConfigError as error:
         return str(error)
     return None

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from evaluation.config import GenerationConfig, JudgeConfig, ReferenceJudge, ReportConfig
 from launcher.errors import ConfigError
-from launcher.submit.config import SlurmConfig
+from launcher.submit.config import SlurmConfig, StagesConfig
 from trainer.config import (
     DataConfig,
     DeepSpeedConfig,
@@ -36,12 +36,48 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Address = Annotated[str, Field(pattern=r"^(local|auto|[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5})$")]
 
 
+# What fsspec opens. Keys of a store come from its own environment variables or files, never from here.
+StorageUrl = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s@?#]+$")]
+
+
 class RunSection(Section):
     """The run's name, and where it is kept."""
 
     name: RunName = Field(description="Name of the run: letters, digits, '.', '_' and '-', at most 100.")
-    storage: Path = Field(Path("runs"), description="Folder that holds the run's own folder, storage/name.")
+    storage: StorageUrl | Path = Field(
+        Path("runs"),
+        description="Folder that holds the run's own folder, storage/name; or a URL (s3://, gs://, file://, ...) where "
+        "a copy of the run is kept that another machine can go on from.",
+    )
+    work: Path = Field(
+        Path("runs"), description="Where storage is a URL: folder that holds the run's own folder while it works."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the split, shuffles, initial weights and dropout.")
+
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _url_without_secrets(cls, value: object) -> object:
+        if isinstance(value, str) and "://" in value and any(mark in value for mark in "@?#"):
+            raise ValueError(
+                "a URL of storage may hold no '@', '?' or '#': keys belong into the store's own environment variables "
+                "or files"
+            )
+        return value
+
+    @property
+    def url(self) -> str | None:
+        """Where the copy of the run is kept; None where storage is a folder."""
+        return f"{self.storage.rstrip('/')}/{self.name}" if isinstance(self.storage, str) else None
+
+    @property
+    def directory(self) -> Path:
+        """The run's own folder."""
+        return (self.work if isinstance(self.storage, str) else self.storage) / self.name
+
+    def inside(self, folder: Path, name: str) -> RunSection:
+        """The same for a member of a sweep whose folder this names."""
+        kept = {"work": folder, "storage": self.url} if self.url else {"storage": folder}
+        return self.model_copy(update=kept | {"name": name})
 
 
 class ClusterConfig(Section):
@@ -65,6 +101,7 @@ class ClusterConfig(Section):
         description="Memory of one GPU, in GiB, so that what cannot fit is refused; null asks the driver here.",
     )
     slurm: SlurmConfig | None = Field(None, description="What launcher submit slurm asks for.")
+    stages: StagesConfig = Field(StagesConfig(), description="What single stages ask for, under --split-stages.")
 
 
 class RunConfig(Section):

@@ -28,18 +28,19 @@ def check(config: RunConfig, stages: Sequence[Stage] = STAGES) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    found = problems(config)
+    found = problems(config, stages)
     if "generate" in stages:
         found += _serving_problems(config.tuning, config.export)
     if found:
         raise ConfigError("\n".join([*found, "nothing was started"]))
 
 
-def problems(config: RunConfig) -> list[str]:
+def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     """All that can be found wrong without loading anything: files, models, keys, resources, memory.
 
     Args:
         config: the configuration.
+        stages: the stages that shall run.
 
     Returns:
         A line for each.
@@ -47,11 +48,15 @@ def problems(config: RunConfig) -> list[str]:
     resources = local_resources()
     found = [problem for path in config.data.local_paths for problem in _data_problems(path)]
     found += _judge_problems(config)
+    if "generate" in stages:
+        found += _harness_problems(config)
     found += _head_size_problems(config)
     if config.model.name_or_path is not None:
         found += _model_problems("model.name_or_path", config.model.name_or_path)
     if config.cluster.address == "local":
-        found += misfits(config, resources)
+        found += misfits(config, resources, stages)
+    if "train" not in stages:
+        return found
     return found + estimate.problems(config, on_gpu=uses_gpus(config.cluster, resources))
 
 
@@ -158,6 +163,14 @@ def _serving_problems(tuning: TuningConfig, export: ExportConfig) -> list[str]:
 def judge_members(judge: JudgeConfig) -> tuple[JudgeConfig, ...]:
     """The judges that are asked: the members of a jury, else the one."""
     return tuple(judge.judges) if isinstance(judge, JuryJudge) else (judge,)
+
+
+def _harness_problems(config: RunConfig) -> list[str]:
+    if config.generation.lm_eval is None:
+        return []
+    from evaluation.harness import harness_problems
+
+    return harness_problems(config.generation.lm_eval)
 
 
 def _judge_problems(config: RunConfig) -> list[str]:

@@ -6,14 +6,16 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.config import GenerationConfig, VllmJudge
 from launcher.config import ClusterConfig, RunConfig
 from launcher.errors import ConfigError
+from launcher.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     import psutil
@@ -38,46 +40,52 @@ def uses_gpus(config: ClusterConfig, resources: Resources) -> bool:
     return config.device == "cuda" or (config.device == "auto" and resources.num_gpus > 0)
 
 
-def misfits(config: RunConfig, resources: Resources) -> list[str]:
+def misfits(config: RunConfig, resources: Resources, stages: Collection[Stage] = STAGES) -> list[str]:
     """What could never be placed on these resources: what was asked, what there is, and the way out.
 
     Args:
         config: the configuration.
         resources: what there is.
+        stages: the stages that shall run there.
 
     Returns:
         A line for each.
     """
-    training, generation = config.training, config.generation
-    if uses_gpus(config.cluster, resources):
-        kind, there = "GPUs", resources.num_gpus
-        train, generate = training.num_workers, generation.engines * generation.tensor_parallel_size
-    else:
-        kind, there = "CPUs", resources.num_cpus
-        train = training.num_workers * training.threads_per_worker
-        generate = generation.engines * generation.cpus_per_engine
+    on_gpu = uses_gpus(config.cluster, resources)
+    kind, there = ("GPUs", resources.num_gpus) if on_gpu else ("CPUs", resources.num_cpus)
+    asked = []
+    if "train" in stages:
+        training = config.training
+        needed = training.num_workers * (1 if on_gpu else training.threads_per_worker)
+        asked.append(("training.num_workers", training.num_workers, needed))
+    engines: list[tuple[str, GenerationConfig | VllmJudge]] = []
+    if "generate" in stages:
+        engines.append(("generation", config.generation))
+    if "judge" in stages and isinstance(config.judge, VllmJudge):
+        engines.append(("judge", config.judge))
+    for section, of in engines:
+        each = of.tensor_parallel_size if on_gpu else of.cpus_per_engine
+        asked.append((f"{section}.engines", of.engines, of.engines * each))
     way_out = "ask for fewer, or name a larger cluster in cluster.address"
-    found = []
-    if train > there:
-        found.append(
-            f"training.num_workers = {training.num_workers} needs {train} {kind}; there are {there}; {way_out}"
-        )
-    if generate > there:
-        found.append(f"generation.engines = {generation.engines} needs {generate} {kind}; there are {there}; {way_out}")
-    return found
+    return [
+        f"{key} = {value} needs {needed} {kind}; there are {there}; {way_out}"
+        for key, value, needed in asked
+        if needed > there
+    ]
 
 
-def check_fits(config: RunConfig, resources: Resources) -> None:
+def check_fits(config: RunConfig, resources: Resources, stages: Collection[Stage] = STAGES) -> None:
     """Refuse what could never be placed.
 
     Args:
         config: the configuration.
         resources: what there is.
+        stages: the stages that shall run there.
 
     Raises:
         ConfigError: with everything that does not fit.
     """
-    if found := misfits(config, resources):
+    if found := misfits(config, resources, stages):
         raise ConfigError("\n".join(found))
 
 

@@ -11,6 +11,8 @@ import typer
 from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
 from launcher.errors import ConfigError
+from launcher.run_directory import read_json
+from launcher.submit.sweep import SWEEP_FILE
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -29,16 +31,33 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare although judges or data differ.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """A leaderboard of runs over the same prompts; status 0 passed, 1 a gate failed, 2 not a valid measurement."""
+    """A leaderboard of runs, or of a sweep's, on the same prompts; status 0 passed, 1 a gate failed, 2 not valid."""
     from evaluation import compare as comparing
 
     gates = comparing.Gates(min_score=min_score, max_drop=max_drop, significant=significant)
     try:
+        runs, missing = _with_members(runs)
         result = comparing.compare(runs, ReportConfig(), gates, force=force)
     except EvaluationError as error:
         raise ConfigError(str(error)) from None
     typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False) if as_json else result.text)
-    raise typer.Exit(result.exit_code)
+    for line in missing:
+        typer.echo(line, err=True)
+    raise typer.Exit(2 if missing else result.exit_code)
+
+
+def _with_members(runs: list[Path]) -> tuple[list[Path], list[str]]:
+    """Put a sweep's members in its folder's place; those without scores are told and left out."""
+    found, missing = list[Path](), list[str]()
+    for run in runs:
+        sweep = read_json(run / SWEEP_FILE) or {"members": {}}
+        members = [run / name for name in sweep["members"]]
+        done = [member for member in members if (member / "judge.record.json").exists()]
+        missing += [f"not finished, and left out: {member}" for member in members if member not in done]
+        if members and not done:
+            raise ConfigError("\n".join(["no member of this sweep has finished", *missing]))
+        found += done or [run]
+    return found, missing
 
 
 def agree(

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from evaluation.config import ModelSource, VllmJudge
+from evaluation.config import AnsweringModel, ModelSource, VllmJudge
 from launcher import plan
 from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError
@@ -52,7 +52,7 @@ def run_stages(
     with open_run_directory(run_dir):
         _check_before(config, run_dir, stages[0])
         with ExitStack() as held:
-            work = _Work(config, run_dir, console, held, strict=strict)
+            work = _Work(config, run_dir, stages, console, held, strict=strict)
             for stage in stages:
                 _run_stage(work, stage, force=force, command=command)
     console.print(f"all asked stages are done: {run_dir}", soft_wrap=True)
@@ -153,9 +153,19 @@ def _show_result(work: _Work, stage: Stage, counts: dict[str, Any]) -> None:
 class _Work:
     """What the stages share while they run: the configuration, the folder, and Ray once it is needed."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, console: Console, held: ExitStack, *, strict: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        stages: Sequence[Stage],
+        console: Console,
+        held: ExitStack,
+        *,
+        strict: bool,
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
+        self.stages = stages
         self.console = console
         self.strict = strict
         self._held = held
@@ -196,8 +206,8 @@ class _Work:
             if self.config.cluster.address != "local":
                 from launcher.cluster_check import wait_until_fit
 
-                resources = wait_until_fit(self.config, self.run_dir, self._say)
-            check_fits(self.config, resources)
+                resources = wait_until_fit(self.config, self.run_dir, self.stages, self._say)
+            check_fits(self.config, resources, self.stages)
             self._use_gpu = uses_gpus(self.config.cluster, resources)
         return self._use_gpu
 
@@ -231,11 +241,15 @@ class _Work:
     def _generate(self) -> dict[str, Any]:
         self._ray()
         from evaluation.generate import generate
+        from evaluation.harness import run_harness
 
-        return generate(self.config.generation, self.run_dir, answering_models(self.config, self.run_dir))
+        models = answering_models(self.config, self.run_dir)
+        counts = generate(self.config.generation, self.run_dir, models)
+        measured = run_harness(self.config.generation, self.run_dir, models)
+        return counts | ({"lm_eval": measured} if measured else {})
 
 
-def answering_models(config: RunConfig, run_dir: Path) -> dict[str, ModelSource]:
+def answering_models(config: RunConfig, run_dir: Path) -> dict[str, AnsweringModel]:
     """The models that answer the test set, by name: base, tuned (an adapter on top of the base), and further ones."""
     base = ModelSource(path=config.model.name_or_path or str(run_dir / "base"), revision=config.model.revision)
     model = run_dir / "model"
@@ -261,6 +275,7 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
     ]
     lines += [f"dropped, {reason}: {count:,} rows" for reason, count in counts["dropped"].items()]
     lines += [f"cut, {reason}: {count:,} rows" for reason, count in counts["truncated"].items()]
+    lines += [f"kept, {reason}: {count:,} rows" for reason, count in counts.get("noticed", {}).items()]
     leaks = counts.get("leaks", {})
     if leaks.get("exact_train_rows") or leaks.get("near_train_rows"):
         fate = (

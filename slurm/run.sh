@@ -9,11 +9,13 @@ cd -- @{working_folder}
 @{setup}
 set -u # not before: what a site's modules define may read unset variables
 
+@{members}run_dir=@{run_dir}
+job=@{job}
 attempt=${SLURM_RESTART_COUNT:-0}
-folder=@{slurm_folder}/$SLURM_JOB_ID.$attempt
+folder=$run_dir/slurm/$job.$attempt
 driver='' asked=no
 
-say() { printf '%(%F %T)T job %s attempt %s: %s\n' -1 "$SLURM_JOB_ID" "$attempt" "$*"; }
+say() { printf '%(%F %T)T job %s attempt %s: %s\n' -1 "$job" "$attempt" "$*"; }
 save() { asked=$1 && if [ -n "$driver" ]; then kill -USR1 "$driver" 2>/dev/null || true; fi; }
 running() { kill -0 "$1" 2>/dev/null; }
 pause() { sleep 1 & wait $! || true; } # unlike sleep, wait lets a trap run at once
@@ -41,8 +43,9 @@ if [ ! -s "$folder/address" ]; then
 fi
 
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
-  "${program[@]}" -m launcher run @{config} --run-dir @{run_dir} --set cluster.address="$(cat -- "$folder/address")" \
-  --set cluster.num_nodes="$SLURM_JOB_NUM_NODES" --set cluster.wait_s=@{start_s} &
+  "${program[@]}" -m launcher run "$run_dir/slurm/config.yaml" --run-dir "$run_dir"@{stages} \
+  --set cluster.address="$(cat -- "$folder/address")" --set cluster.num_nodes="$SLURM_JOB_NUM_NODES" \
+  --set cluster.wait_s=@{start_s} &
 driver=$!
 [ "$asked" = no ] || save "$asked"
 while running "$driver" && running "$nodes"; do pause; done

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
 from launcher.config import RunConfig, dump_config, load_config, read_yaml
 from launcher.errors import ConfigError, LauncherError
-from launcher.run_directory import open_run_directory, read_json, write_json
+from launcher.run_directory import open_run_directory, read_json, write_atomically, write_json
+from launcher.stages import STAGES, Finished, state_of
 from launcher.submit.config import SlurmConfig
+from launcher.submit.script import Place, Script, split_run, whole_run, whole_sweep
+from launcher.submit.slurm import Job
+from launcher.submit.sweep import Member, members_of, table, write_members
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, for example configs/8b.yaml.")]
 Overrides = Annotated[
@@ -29,6 +35,13 @@ Address = Annotated[str, typer.Option(metavar="URL", help="The cluster's dashboa
 OptionalAddress = Annotated[
     str | None, typer.Option("--address", metavar="URL", help="The Ray cluster's dashboard; not given for Slurm.")
 ]
+Sweep = Annotated[
+    str | None,
+    typer.Option(
+        "--sweep", metavar="KEY=V,V... ...", help="A run for each combination: training.lr=1e-5,2e-5 run.seed=1,2."
+    ),
+]
+MoreSweep = Annotated[list[str] | None, typer.Argument(hidden=True, help="Further words of --sweep.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Return when it is submitted, instead of following it.")]
 
 submit_app = typer.Typer(no_args_is_help=True, help="Run on Slurm, or on a Ray cluster that exists.")
@@ -44,58 +57,73 @@ def register(app: typer.Typer) -> None:
 @submit_app.command()
 def slurm(
     config: ConfigFile,
+    more: MoreSweep = None,
     set_: Overrides = [],  # noqa: B006 - typer copies it
     run_dir: RunDir = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the job, instead of cluster.slurm.nodes.")] = None,
-    print_: Annotated[bool, typer.Option("--print", help="Print the sbatch script, and submit nothing.")] = False,
+    sweep: Sweep = None,
+    side_by_side: Annotated[int | None, typer.Option(min=1, help="Most members of the sweep that run at once.")] = None,
+    split_stages: Annotated[
+        bool,
+        typer.Option("--split-stages", help="A job for each part of the line, asking for what cluster.stages says."),
+    ] = False,
+    print_: Annotated[bool, typer.Option("--print", help="Print the sbatch scripts, and submit nothing.")] = False,
     detach: Detach = False,
 ) -> None:
-    """Submit the run to Slurm and follow it; the exit code is the job's."""
-    from launcher import plan
+    """Submit the run, or a sweep of runs, to Slurm and follow it; the exit code is the job's."""
     from launcher.submit import slurm as queue
 
-    loaded = with_site(load_config(config, set_), nodes)
-    folder = (run_dir or loaded.run.storage / loaded.run.name).resolve()
+    words = sweep_words(sweep, more)
+    if words and split_stages:
+        raise ConfigError("--sweep and --split-stages: give one of them; a sweep's members are one job each")
+    request = _request(config, set_, run_dir, nodes, words, side_by_side=side_by_side, split=split_stages)
     if print_:
-        typer.echo(queue.render(loaded, folder, Path.cwd()), nl=False)
+        _print_scripts(request)
         return
-    plan.check(loaded)
-    queue.check_fits_job(loaded)
-    job = _active_slurm_job(folder)
-    if job is None:
-        with open_run_directory(folder):
-            job = queue.submit(queue.write_job(loaded, dump_config(loaded), folder, Path.cwd()))
-            _record(folder, {"system": "slurm", "job": job})
-        _say(f"job {job} is submitted; its files are in {folder / 'slurm'}")
+    _check_request(request)
+    folder = request.place.run_dir
+    jobs = _active_jobs(folder)
+    if jobs is None:
+        jobs = _submit(request)
     else:
-        _say(f"this run is job {job} already: following it")
+        _say(f"this run is job {_listed(jobs)} already: following it")
     if not detach:
         _say(f"`launcher cancel {folder}` lets it save and ends it; Ctrl-C only stops following it")
-        raise typer.Exit(queue.follow(job, queue.log_path(folder, job), say=_say, write=_write))
+        raise typer.Exit(queue.follow(jobs, folder, say=_say, write=_write))
 
 
 @submit_app.command()
 def ray(
     config: ConfigFile,
     address: Address,
+    more: MoreSweep = None,
     set_: Overrides = [],  # noqa: B006 - typer copies it
     run_dir: RunDir = None,
+    sweep: Sweep = None,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Members of the sweep that run at once.")] = 1,
     python: Annotated[
         str, typer.Option(help="Python on the cluster's nodes that has this package's needs.")
     ] = "python",
     detach: Detach = False,
 ) -> None:
-    """Submit the run to a Ray cluster that exists, and follow it; the exit code is the job's."""
+    """Submit the run, or a sweep of runs, to a Ray cluster that exists, and follow it; the exit code is the job's."""
     from launcher.submit import ray_jobs
 
+    words = sweep_words(sweep, more)
     loaded = ray_jobs.made_absolute(load_config(config, set_), Path.cwd())
-    folder = _absolute(run_dir or loaded.run.storage / loaded.run.name)
+    folder = _absolute(run_dir or loaded.run.directory)
+    if words:
+        _say(table(members_of(config, set_, words, folder), folder))
+    further = [
+        *(word for text in words for word in ("--sweep", text)),
+        *(["--side-by-side", str(side_by_side)] * bool(words)),
+    ]
     with ray_jobs.connected(address) as client:
         running = ray_jobs.active_job(client, folder)
         if running is None:
             with tempfile.TemporaryDirectory(prefix="tunelift-job-") as packed:
                 files = ray_jobs.package(loaded, Path(packed))
-                job = ray_jobs.submit(client, loaded, folder, Path(packed), python)
+                job = ray_jobs.submit(client, loaded, folder, Path(packed), python, further)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name, _ in files))
             total = sum(size for _, size in files)
             _say(f"job {job} is submitted with {len(files)} files, {total / 1000:,.0f} kB: {names}")
@@ -119,13 +147,9 @@ def status(run: Run, address: OptionalAddress = None) -> None:
         return
     from launcher.submit import slurm as queue
 
-    job = _submitted(run)["job"]
-    state = queue.job_state(job)
-    if state is None:
-        typer.echo(f"job {job}: Slurm no longer knows it; its log is {queue.log_path(run, job)}")
-    else:
-        ended = f", exit code {state.exit_code}" if state.ended else ""
-        typer.echo(f"job {job}: {state.state}, {state.reason}, requeued {state.restarts} times{ended}")
+    jobs = _submitted(run)
+    for job in jobs:
+        typer.echo(queue.describe(job, run) + ("" if len(jobs) == 1 else f"  {job.does}"))
 
 
 def logs(
@@ -146,10 +170,14 @@ def logs(
         raise typer.Exit(code)
     from launcher.submit import slurm as queue
 
-    job = _submitted(run)["job"]
+    jobs = _submitted(run)
     if follow:
-        raise typer.Exit(queue.follow(job, queue.log_path(run, job), say=_say, write=_write))
-    _write(queue.log_path(run, job).read_text(encoding="utf-8", errors="replace"))
+        raise typer.Exit(queue.follow(jobs, run, say=_say, write=_write))
+    for one in jobs:
+        if not one.shown:
+            _say(f"{one.does}: launcher logs {run / one.does}")
+        elif (run / one.log).exists():
+            _write((run / one.log).read_text(encoding="utf-8", errors="replace"))
 
 
 def cancel(
@@ -166,7 +194,101 @@ def cancel(
         return
     from launcher.submit import slurm as queue
 
-    queue.cancel(_submitted(run)["job"], wait_s=wait_s, say=_say)
+    queue.cancel(_submitted(run), wait_s=wait_s, say=_say)
+
+
+def sweep_words(sweep: str | None, more: Sequence[str] | None) -> list[str]:
+    """The words of --sweep: the first is the option's value, further ones stand behind it.
+
+    Args:
+        sweep: the option's value.
+        more: words without an option.
+
+    Returns:
+        All of them; none where there is no sweep.
+
+    Raises:
+        ConfigError: if there are further words and no --sweep.
+    """
+    if more and sweep is None:
+        raise ConfigError(f"unexpected {' '.join(more)}; values of a sweep stand behind --sweep")
+    return [*([sweep] if sweep is not None else []), *(more or [])]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What shall be submitted: a run, or a sweep's members, and the scripts that do it."""
+
+    config: RunConfig
+    place: Place
+    scripts: list[Script]
+    members: list[Member]
+
+
+def _request(
+    config: Path,
+    overrides: list[str],
+    run_dir: Path | None,
+    nodes: int | None,
+    words: list[str],
+    *,
+    side_by_side: int | None,
+    split: bool,
+) -> _Request:
+    loaded = with_site(load_config(config, overrides), nodes)
+    place = Place((run_dir or loaded.run.directory).resolve(), Path.cwd(), sys.executable)
+    if words:
+        found = members_of(config, overrides, words, place.run_dir)
+        members = [replace(member, config=with_site(member.config, nodes)) for member in found]
+        scripts = whole_sweep(loaded, place, [member.name for member in members], side_by_side)
+        return _Request(loaded, place, scripts, members)
+    return _Request(loaded, place, split_run(loaded, place) if split else whole_run(loaded, place), [])
+
+
+def _print_scripts(request: _Request) -> None:
+    if request.members:
+        _say(table(request.members, request.place.run_dir))
+    for script in request.scripts:
+        if len(request.scripts) > 1:
+            waits = {"": "", "afterok": ", when the one before it has succeeded", "afterany": ", when all have ended"}
+            _say(f"--- {script.name}.sh{waits[script.after]}")
+        typer.echo(script.text, nl=False)
+
+
+def _check_request(request: _Request) -> None:
+    from launcher import plan
+    from launcher.submit import slurm as queue
+
+    for config in [member.config for member in request.members] or [request.config]:
+        plan.check(config)
+        for script in request.scripts:
+            queue.check_fits_job(config, script)
+
+
+def _submit(request: _Request) -> list[Job]:
+    from launcher.submit import slurm as queue
+
+    folder, scripts = request.place.run_dir, request.scripts
+    with open_run_directory(folder):
+        if request.members:
+            _say(table(request.members, folder))
+            write_members(request.members, folder)
+        else:
+            write_atomically(folder / "slurm" / "config.yaml", dump_config(request.config))
+        if len(scripts) > 1 and not request.members:
+            left = [stage for stage in STAGES if not isinstance(state_of(stage, request.config, folder), Finished)]
+            scripts = split_run(request.config, request.place, left or ["report"])
+        jobs = queue.submit(scripts, folder)
+        _record(folder, jobs)
+        for job in jobs:
+            if not job.shown:
+                _record(folder / job.does, [replace(job, log=f"../{job.log}", shown=True)])
+    _say(f"job {_listed(jobs)} is submitted; its files are in {folder / 'slurm'}")
+    return jobs
+
+
+def _listed(jobs: Sequence[Job]) -> str:
+    return ", ".join(job.job if len(jobs) == 1 else f"{job.job} ({job.does})" for job in jobs)
 
 
 def with_site(config: RunConfig, nodes: int | None) -> RunConfig:
@@ -200,31 +322,30 @@ def site_file() -> Path:
     return home / "tunelift" / "slurm.yaml"
 
 
-def _active_slurm_job(folder: Path) -> str | None:
+def _active_jobs(folder: Path) -> list[Job] | None:
     from launcher.submit import slurm as queue
 
     record = read_json(folder / "submitted.json")
-    if record is None or record["system"] != "slurm":
-        return None
-    state = queue.job_state(record["job"])
-    return None if state is None or state.ended else str(record["job"])
+    jobs = [Job(**job) for job in record["jobs"]] if record else []
+    return jobs if queue.is_active(jobs) else None
 
 
 def _absolute(run: Path) -> Path:
     return Path(os.path.abspath(run))  # noqa: PTH100 - links stay as they are, as when it was submitted
 
 
-def _submitted(run: Path) -> dict[str, Any]:
+def _submitted(run: Path) -> list[Job]:
     if run.is_file():
         raise ConfigError(f"{run}: is a file; give the run's folder, run.storage/run.name")
     record = read_json(run / "submitted.json")
     if record is None:
         raise LauncherError(f"{run}: holds no run that was submitted to Slurm; on a Ray cluster, give its --address")
-    return record
+    return [Job(**job) for job in record["jobs"]]
 
 
-def _record(folder: Path, what: dict[str, Any]) -> None:
-    write_json(folder / "submitted.json", what | {"submitted_at": datetime.now(UTC).isoformat(timespec="seconds")})
+def _record(folder: Path, jobs: Sequence[Job]) -> None:
+    told = {"system": "slurm", "jobs": [asdict(job) for job in jobs]}
+    write_json(folder / "submitted.json", told | {"submitted_at": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def _say(line: str) -> None:

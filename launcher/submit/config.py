@@ -1,4 +1,4 @@
-"""The words of the YAML section cluster.slurm: what is asked of Slurm, and how a node is made ready."""
+"""The words of cluster.slurm and cluster.stages: what is asked of Slurm, and how a node is made ready."""
 
 from __future__ import annotations
 
@@ -90,6 +90,31 @@ class SlurmConfig(Section):
                 f"because the path of a Unix socket below it may have 107"
             )
         return self
+
+
+class StageResources(Section):
+    """What one stage asks of Slurm instead of what cluster.slurm asks, when every stage gets a job of its own."""
+
+    nodes: int | None = Field(None, ge=1, le=10_000, description="Nodes of the stage's job.")
+    cpus: int | None = Field(None, ge=1, description="CPUs of each node.")
+    gpus: SlurmWord | None = Field(None, description="GPUs of each node: a number, or type:number; 0 asks for none.")
+    memory: SlurmWord | None = Field(None, description="Memory of each node, such as 64G.")
+    partition: SlurmWord | None = Field(None, description="Partition.")
+    qos: SlurmWord | None = Field(None, description="Quality of service.")
+    constraint: SlurmWord | None = Field(None, description="Features that the nodes must have.")
+    time: SlurmTime | None = Field(None, description="Time limit: minutes, H:MM:SS or D-H:MM:SS.")
+    exclusive: bool | None = Field(None, description="Take whole nodes.")
+
+
+class StagesConfig(Section):
+    """Stages with wishes of their own; each of them begins a job under --split-stages."""
+
+    prepare: StageResources | None = Field(None, description="Instructions to shards; one node without GPUs.")
+    train: StageResources | None = Field(None, description="Training, and the export after it.")
+    export: StageResources | None = Field(None, description="Export, where it shall not go along with training.")
+    generate: StageResources | None = Field(None, description="Generation, and the judge after it.")
+    judge: StageResources | None = Field(None, description="The judge, where it shall not go along with generation.")
+    report: StageResources | None = Field(None, description="The report, and a sweep's comparison; one node, no GPUs.")
 
 
 def seconds_of(time: str) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def made_absolute(config: RunConfig, working_folder: Path) -> RunConfig:
         if value is not None and (always or (working_folder / value).exists()):
             section[key] = str(working_folder / value)
 
-    absolute(tree["run"], "storage", always=True)
+    absolute(tree["run"], "work" if config.run.url else "storage", always=True)
     absolute(tree["data"], "path", always=True)
     absolute(tree["data"], "cache", always=True)
     for source in tree["data"]["sources"]:
@@ -138,7 +138,14 @@ def _jobs_of(client: JobSubmissionClient, run_dir: Path) -> list[JobDetails]:
     return sorted(jobs, key=lambda job: (job.start_time or 0, job.submission_id or ""))
 
 
-def submit(client: JobSubmissionClient, config: RunConfig, run_dir: Path, folder: Path, python: str) -> str:
+def submit(
+    client: JobSubmissionClient,
+    config: RunConfig,
+    run_dir: Path,
+    folder: Path,
+    python: str,
+    further: Sequence[str] = (),
+) -> str:
     """Hand a packaged run to the cluster.
 
     Args:
@@ -147,6 +154,7 @@ def submit(client: JobSubmissionClient, config: RunConfig, run_dir: Path, folder
         run_dir: the run's folder, on storage that the cluster's nodes see.
         folder: what `package` filled.
         python: Python on the cluster's nodes.
+        further: words for `launcher run`, such as a sweep's.
 
     Returns:
         The job's id: the run's name, a hash of its folder, and the number of the submission, so that two that submit
@@ -154,17 +162,8 @@ def submit(client: JobSubmissionClient, config: RunConfig, run_dir: Path, folder
     """
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     number = len(_jobs_of(client, run_dir)) + 1
-    command = [
-        python,
-        "-m",
-        "launcher",
-        "run",
-        "config.yaml",
-        "--run-dir",
-        str(run_dir),
-        "--set",
-        "cluster.address=auto",
-    ]
+    command = [python, "-m", "launcher", "run", "config.yaml", "--run-dir", str(run_dir)]
+    command += ["--set", "cluster.address=auto", *further]
     return client.submit_job(
         submission_id=f"{config.run.name}-{digest}-{number}",
         entrypoint=f"exec {shlex.join(command)}",

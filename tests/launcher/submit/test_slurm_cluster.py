@@ -20,6 +20,10 @@ SECRET = "value-of-the-secret"
 STEPS = 200
 
 
+def jobs_of(run: Path) -> list[str]:
+    return [job["job"] for job in json.loads((run / "submitted.json").read_text())["jobs"]]
+
+
 @pytest.mark.timeout(560)
 def test_two_nodes_to_the_report_through_a_preemption(slurm: Any, submitting: Path, repository: Path) -> None:
     config = configure(
@@ -32,7 +36,7 @@ def test_two_nodes_to_the_report_through_a_preemption(slurm: Any, submitting: Pa
     run = submitting / "small"
     submitted = launcher("submit", "slurm", config, "--detach", cwd=submitting, MY_TOKEN=SECRET)
     assert submitted.returncode == 0, submitted.stderr
-    job = json.loads((run / "submitted.json").read_text())["job"]
+    (job,) = jobs_of(run)
 
     # Submitting it again goes along with the same job.
     again = launcher("submit", "slurm", config, "--detach", cwd=submitting, MY_TOKEN=SECRET)
@@ -129,3 +133,79 @@ def test_a_host_that_dies_sends_the_run_back_to_the_queue(slurm: Any, submitting
     followed = launcher("logs", run, "--follow", cwd=submitting, timeout=300)
     assert followed.returncode == 0, log_of(run)
     assert [row["step"] for row in train_rows(run)] == list(range(1, 1501))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_is_run_and_compared_and_a_preempted_member_goes_on(
+    slurm: Any, submitting: Path, repository: Path
+) -> None:
+    config = configure(submitting, repository, training={"max_steps": STEPS, "num_workers": 1}, nodes=1)
+    words = ["--sweep", "training.lr=1e-3,2e-3", "data.train_on=assistant"]
+    wrong = launcher("submit", "slurm", config, "--sweep", "training.lr=1e-3,-1", cwd=submitting)
+    assert wrong.returncode == 2
+    assert "training.lr = -1" in wrong.stderr
+    assert sorted(path.name for path in submitting.iterdir()) == ["data.json", "run.yaml"]
+
+    submitted = launcher("submit", "slurm", config, *words, "--detach", cwd=submitting)
+    assert submitted.returncode == 0, submitted.stderr
+    sweep = submitting / "small"
+    members = [f"{n}-lr-{lr}-train_on-assistant" for n, lr in ((1, "1e-3"), (2, "2e-3"))]
+    assert f"{members[1]}  training.lr=2e-3 data.train_on=assistant" in submitted.stderr
+    jobs = jobs_of(sweep)
+    assert "PENDING, Dependency" in launcher("status", sweep, cwd=submitting).stdout
+    again = launcher("submit", "slurm", config, *words, "--detach", cwd=submitting)
+    assert f"this run is job {jobs[0]} ({members[0]}), {jobs[1]} ({members[1]}), {jobs[2]} (compare) already" in (
+        again.stderr
+    )
+
+    second = sweep / members[1]
+    until(lambda: len(train_rows(second)) > 5, 150, lambda: log_of(sweep))
+    slurm.command("scancel", "--signal=USR1", jobs[1])
+    followed = launcher("logs", sweep, "--follow", cwd=submitting, timeout=500)
+    assert followed.returncode == 0, log_of(sweep) + log_of(second) + followed.stdout + followed.stderr
+    assert "differences to 1-lr-1e-3" in followed.stdout
+    assert "it goes back to the queue" in launcher("logs", second, cwd=submitting).stdout
+    assert {path.name for path in (second / "slurm").iterdir()} >= {f"{jobs[1]}.0", f"{jobs[1]}.1"}
+    for member, lr in zip(members, (1e-3, 2e-3), strict=True):
+        rows = train_rows(sweep / member)
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert max(row["lr"] for row in rows) == pytest.approx(lr)
+        assert (sweep / member / "report.html").is_file()
+    until(lambda: not any("ray" in command for command in slurm.processes()), 20, lambda: str(slurm.processes()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_split_stages_run_one_after_the_other_and_end_at_the_first_failure(
+    slurm: Any, submitting: Path, repository: Path
+) -> None:
+    config = configure(submitting, repository, training={"num_workers": 1}, nodes=1)
+    own = ["--set", "cluster.stages={prepare: {cpus: 2}, judge: {cpus: 1, memory: 500M}}"]
+    run = submitting / "small"
+    # A broken row is found by the job that prepares; those behind it never start.
+    (submitting / "data.json").rename(submitting / "kept.json")
+    (submitting / "data.json").write_text(json.dumps([{"instruction": 1}]))
+    failed = launcher("submit", "slurm", config, *own, "--split-stages", cwd=submitting, timeout=200)
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert failed.stderr.count("CANCELLED") == 4
+    (submitting / "kept.json").rename(submitting / "data.json")
+
+    followed = launcher("submit", "slurm", config, *own, "--split-stages", cwd=submitting, timeout=500)
+    assert followed.returncode == 0, followed.stdout + followed.stderr + log_of(run)
+    jobs = jobs_of(run)
+    asked = [slurm.command("scontrol", "show", "job", "--oneliner", job) for job in jobs]
+    assert [re.search(r"JobName=(\S+)", text)[1] for text in asked] == [
+        f"small-{stage}" for stage in ("prepare", "train", "generate", "judge", "report")
+    ]
+    assert [re.search(r"NumCPUs=(\d+)", text)[1] for text in asked] == ["2", "1", "1", "1", "1"]
+    ended = [re.search(r"EndTime=(\S+)", text)[1] for text in asked]
+    started = [re.search(r"StartTime=(\S+)", text)[1] for text in asked]
+    assert all(before <= after for before, after in zip(ended[:-1], started[1:], strict=True))
+    assert (run / "report.html").is_file()
+
+    # What is finished is not queued again.
+    (run / "report.record.json").unlink()
+    again = launcher("submit", "slurm", config, *own, "--split-stages", cwd=submitting, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert len(jobs_of(run)) == 1

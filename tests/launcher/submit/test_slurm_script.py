@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from launcher.config import RunConfig, load_config
 from launcher.errors import ConfigError, LauncherError
 from launcher.submit import config as submit_config
+from launcher.submit import sweep
 from launcher.submit.commands import with_site
-from launcher.submit.slurm import check_fits_job, parse_job, passed_names, render_script
+from launcher.submit.script import Place, parts_of, passed_names, resources_of, split_run, whole_run, whole_sweep
+from launcher.submit.slurm import check_fits_job, parse_job
 
 RECORDED = Path(__file__).parent / "recorded"
 CASES: dict[str, dict[str, Any]] = {
@@ -55,35 +57,80 @@ def base(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     return load_config(repository / "configs/quickstart.yaml")
 
 
-def asking(base: RunConfig, slurm: dict[str, Any]) -> RunConfig:
+def asking(base: RunConfig, slurm: dict[str, Any], stages: dict[str, Any] | None = None) -> RunConfig:
     tree = base.model_dump(mode="json")
-    tree["cluster"]["slurm"] = slurm
+    tree["cluster"] |= {"slurm": slurm, "stages": stages or {}}
     return RunConfig.model_validate(tree)
+
+
+def place(run_dir: str = "/shared/runs/quickstart", working_folder: str = "/home/me/project") -> Place:
+    return Place(Path(run_dir), Path(working_folder), "/shared/venv/bin/python")
 
 
 def rendered(
     config: RunConfig, run_dir: str = "/shared/runs/quickstart", working_folder: str = "/home/me/project"
 ) -> str:
-    return render_script(
-        config,
-        config_path=Path(run_dir) / "slurm/config.yaml",
-        run_dir=Path(run_dir),
-        working_folder=Path(working_folder),
-        python="/shared/venv/bin/python",
-    )
+    return whole_run(config, place(run_dir, working_folder))[0].text
+
+
+def same_as_recorded(texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        recorded = RECORDED / f"{name}.sh"
+        assert recorded.is_file(), f"no record of {name}; if this is right, write it to {recorded}:\n{text}"
+        assert text == recorded.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_script_is_as_recorded(case: str, base: RunConfig) -> None:
-    recorded = RECORDED / f"{case}.sh"
-    text = rendered(asking(base, CASES[case]))
-    assert recorded.is_file(), f"no record of {case}; if this is right, write it to {recorded}:\n{text}"
-    assert text == recorded.read_text(encoding="utf-8")
+    same_as_recorded({case: rendered(asking(base, CASES[case]))})
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_script_is_valid(case: str) -> None:
-    script = RECORDED / f"{case}.sh"
+def test_a_sweep_is_an_array_and_a_comparison_after_it(base: RunConfig) -> None:
+    config = asking(base, CASES["apptainer"] | {"gpus_per_node": "4", "nodes": 2}, {"report": {"partition": "cpu"}})
+    members = [sweep.member_name(n, [f"training.lr={lr}"]) for n, lr in enumerate(("1e-5", "2e-5", "4e-5"), start=1)]
+    array, compare = whole_sweep(config, place(), members, at_once=2)
+    assert (array.after, compare.after, compare.slurm.nodes, compare.slurm.partition) == ("", "afterany", 1, "cpu")
+    same_as_recorded({"sweep_members": array.text, "sweep_compare": compare.text})
+
+
+def test_split_stages_are_jobs_that_wait_for_each_other(base: RunConfig) -> None:
+    slurm = {"nodes": 4, "partition": "gpu", "gpus_per_node": "8", "exclusive": True, "time": "8:00:00"}
+    stages = {
+        "prepare": {"cpus": 32, "memory": "64G", "partition": "cpu", "time": "30"},
+        "generate": {"nodes": 1, "gpus": "a100:2"},
+        "judge": {"nodes": 1, "cpus": 2, "gpus": "0", "partition": "cpu", "exclusive": False},
+    }
+    config = asking(base, slurm, stages)
+    scripts = split_run(config, place())
+    assert [script.stages for script in scripts] == parts_of(config)
+    assert parts_of(config) == [("prepare",), ("train", "export"), ("generate",), ("judge",), ("report",)]
+    assert [script.after for script in scripts] == ["", *["afterok"] * 4]
+    same_as_recorded({f"split_{script.name}": script.text for script in scripts})
+    asked = {script.name: script.slurm for script in scripts}
+    assert asked["prepare"].gpus_per_node is asked["judge"].gpus_per_node is asked["report"].gpus_per_node is None
+    assert (asked["train"].nodes, asked["generate"].nodes, asked["report"].nodes) == (4, 1, 1)
+    assert parts_of(base) == [("prepare",), ("train", "export"), ("generate", "judge"), ("report",)]
+    # What is done already is not queued again, and the first that is left waits for nothing.
+    left = split_run(config, place(), ["generate", "judge", "report"])
+    assert [(script.name, script.after) for script in left] == [
+        ("generate", ""),
+        ("judge", "afterok"),
+        ("report", "afterok"),
+    ]
+    with pytest.raises(ConfigError, match=r"cluster.stages.train, laid over cluster.slurm: time .* leaves nothing"):
+        resources_of(asking(base, slurm, {"train": {"time": "5"}}), "train")
+
+
+def test_a_job_is_asked_only_for_what_its_stages_need(base: RunConfig) -> None:
+    config = asking(base, {"cpus_per_node": 2}, {"prepare": {"cpus": 1}, "train": {"cpus": 1}})
+    prepare, train, *_ = split_run(config, place())
+    check_fits_job(config, prepare)
+    with pytest.raises(ConfigError, match=r"training.num_workers = 2 needs 2 CPUs; there are 1"):
+        check_fits_job(config, train)
+
+
+@pytest.mark.parametrize("script", sorted(RECORDED.glob("*.sh")), ids=lambda path: path.stem)
+def test_the_script_is_valid(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
@@ -166,11 +213,15 @@ def test_the_site_file_lies_under_the_configuration(base: RunConfig, tmp_path: P
 
 
 def test_a_run_too_large_for_its_job_is_refused(base: RunConfig) -> None:
-    check_fits_job(asking(base, {"nodes": 2, "cpus_per_node": 1}))
+    def check(**slurm: Any) -> None:
+        config = asking(base, slurm)
+        check_fits_job(config, whole_run(config, place())[0])
+
+    check(nodes=2, cpus_per_node=1)
     with pytest.raises(ConfigError, match="needs 2 CPUs; there are 1"):
-        check_fits_job(asking(base, {"nodes": 1, "cpus_per_node": 1}))
+        check(nodes=1, cpus_per_node=1)
     with pytest.raises(ConfigError, match="needs 2 GPUs; there are 1"):
-        check_fits_job(asking(base, {"nodes": 1, "gpus_per_node": "a100:1"}))
+        check(nodes=1, gpus_per_node="a100:1")
 
 
 @pytest.mark.parametrize(
@@ -189,4 +240,4 @@ def test_slurms_answer_is_read(line: str, state: str, code: int, restarts: int) 
 
 
 def test_the_examples_of_time_limits_hold() -> None:
-    assert doctest.testmod(submit_config).failed == 0
+    assert doctest.testmod(submit_config).failed == doctest.testmod(sweep).failed == 0

@@ -17,11 +17,13 @@ cd -- /home/me/project
 
 set -u # not before: what a site's modules define may read unset variables
 
+run_dir=/shared/runs/quickstart
+job=$SLURM_JOB_ID
 attempt=${SLURM_RESTART_COUNT:-0}
-folder=/shared/runs/quickstart/slurm/$SLURM_JOB_ID.$attempt
+folder=$run_dir/slurm/$job.$attempt
 driver='' asked=no
 
-say() { printf '%(%F %T)T job %s attempt %s: %s\n' -1 "$SLURM_JOB_ID" "$attempt" "$*"; }
+say() { printf '%(%F %T)T job %s attempt %s: %s\n' -1 "$job" "$attempt" "$*"; }
 save() { asked=$1 && if [ -n "$driver" ]; then kill -USR1 "$driver" 2>/dev/null || true; fi; }
 running() { kill -0 "$1" 2>/dev/null; }
 pause() { sleep 1 & wait $! || true; } # unlike sleep, wait lets a trap run at once
@@ -49,8 +51,9 @@ if [ ! -s "$folder/address" ]; then
 fi
 
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
-  "${program[@]}" -m launcher run /shared/runs/quickstart/slurm/config.yaml --run-dir /shared/runs/quickstart --set cluster.address="$(cat -- "$folder/address")" \
-  --set cluster.num_nodes="$SLURM_JOB_NUM_NODES" --set cluster.wait_s=600 &
+  "${program[@]}" -m launcher run "$run_dir/slurm/config.yaml" --run-dir "$run_dir" \
+  --set cluster.address="$(cat -- "$folder/address")" --set cluster.num_nodes="$SLURM_JOB_NUM_NODES" \
+  --set cluster.wait_s=600 &
 driver=$!
 [ "$asked" = no ] || save "$asked"
 while running "$driver" && running "$nodes"; do pause; done
