@@ -14,7 +14,7 @@ def describe(row: dict[str, Any], steps_per_s: float | None) -> str:
     """One line for one row of metrics.jsonl.
 
     Args:
-        row: a training or a validation row.
+        row: of any kind.
         steps_per_s: recent speed, from which the time left is told; None when it is not known yet.
 
     Returns:
@@ -24,6 +24,9 @@ def describe(row: dict[str, Any], steps_per_s: float | None) -> str:
         return f"step {row['step']}  validation loss {row['loss']:.4f}"
     if row["kind"] == "skipped":
         return f"step {row['step']}  skipped: {row['cause']}"
+    if row["kind"] == "checkpoint":
+        written = f"{row['num_bytes'] / 1e6:,.1f} MB written in {row['write_s']:.1f} s"
+        return f"step {row['step']}  checkpoint: {written}, training waited {row['stalled_s']:.1f} s"
     parts = [
         f"step {row['step']}/{row['max_steps']}",
         f"loss {row['loss']:.4f}",
@@ -42,7 +45,7 @@ class MetricsFollower:
     Args:
         path: metrics.jsonl, which need not exist yet; rows already in it are passed over.
         show: receives a line for a person.
-        every_s: seconds between lines of training rows; validation rows are always shown.
+        every_s: seconds between lines of training rows; the others are always shown.
     """
 
     def __init__(self, path: Path, show: Callable[[str], None], every_s: float) -> None:
@@ -58,7 +61,7 @@ class MetricsFollower:
         """Read the complete lines that are new, and show the newest."""
         for row in self._new_rows():
             now = time.monotonic()
-            if row["kind"] in ("validation", "skipped"):
+            if row["kind"] != "train":
                 self._show(describe(row, None))
             elif now - self._shown_at >= self._every_s or row["step"] == row["max_steps"]:
                 self._shown_at = now

@@ -105,9 +105,7 @@ def train_on_ray(
                 stalled = stalled + 1 if _newest_step(run_dir) == begun_at else 0
                 match decide(error, failures, stalled, config.training.max_failures):
                     case Stop(cause):
-                        incidents = run_dir / "incidents"
-                        where = f"\nstacks of the ranks: {incidents}" if incidents.is_dir() else ""
-                        raise LauncherError(f"training stopped: {cause}{where}") from None
+                        raise LauncherError(f"training stopped: {cause}{_where_stacks_are(run_dir)}") from None
                     case Resume(cause):
                         raise Preempted(cause) from None
                     case Retry(cause):
@@ -117,6 +115,12 @@ def train_on_ray(
                     f"training stopped: the Ray cluster failed ({type(error).__name__}: {error}); "
                     f"the same command goes on from the newest checkpoint"
                 ) from None
+
+
+def _where_stacks_are(run_dir: Path) -> str:
+    incidents = run_dir / "incidents"
+    written = any(file.stat().st_size for file in incidents.glob("*"))
+    return f"\nstacks of the ranks: {incidents}" if written else ""
 
 
 def _newest_step(run_dir: Path) -> int:

@@ -41,6 +41,7 @@ LAYOUT = {
         "logits_bytes",
         "checkpoint_every",
         "keep_checkpoints",
+        "checkpoint_in_background",
         "max_failures",
         "hang_timeout_s",
     },

@@ -51,6 +51,11 @@ class Attempt:
         """What stands in the file while this attempt owns the run."""
         return f"{self.number} {self.name}\n"
 
+    @property
+    def label(self) -> str:
+        """What the names of its unfinished folders end in."""
+        return f"A{self.number}-{self.name}"
+
     def check(self) -> None:
         """Before each write: does the run still belong to this attempt?
 

@@ -4,7 +4,7 @@
 by parameter name, `<kind>/<first element>/<parameter>`, so that a run goes on with another number of workers or another
 ZeRO stage. Frozen parameters are the base model's and are not stored.
 
-Both functions are collective: every rank of the process group calls them at the same step. What one rank
+Saving and restoring are collective: every rank of the process group calls them at the same step. What one rank
 finds, all ranks hear of before any goes on, so that none waits for one that has stopped.
 """
 
@@ -14,9 +14,12 @@ import hashlib
 import logging
 import math
 import random
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +31,10 @@ from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 
 from trainer import engine_state, sealed
+from trainer.attempt import Attempt
+from trainer.base_files import refuse_other_base
 from trainer.errors import TrainerError
+from trainer.loss_scale import LossScale
 from trainer.stored import (
     DAMAGED,
     FORMAT,
@@ -56,6 +62,7 @@ class Progress:
         step_in_epoch: Steps of that epoch already taken.
         total_tokens: Tokens trained on, over all ranks, padding left out.
         num_skipped: Steps of these that were not taken, because a number was not finite.
+        loss_scale: Of the next step, in fp16; None in the other precisions.
     """
 
     step: int
@@ -63,6 +70,7 @@ class Progress:
     step_in_epoch: int
     total_tokens: int
     num_skipped: int = 0
+    loss_scale: LossScale | None = None
 
 
 # --- all ranks as one -----------------------------------------------------------------------------
@@ -144,42 +152,134 @@ def _seed_generators(step: int) -> None:
 # --- save -----------------------------------------------------------------------------------------
 
 
-def save(
-    engine: DeepSpeedEngine, progress: Progress, run_dir: Path, *, keep: int, validation_loss: float | None = None
-) -> Path:
-    """Write a checkpoint; collective, at a step's edge.
+@dataclass
+class _Writing:
+    """A checkpoint on its way: what is in it, and this rank's file, which a thread writes."""
+
+    step: int
+    final: Path
+    partial: Path
+    content: dict[str, Any]
+    num_bytes: int
+    copy_s: float
+    file: Future[tuple[sealed.SealedFile, float]]
+
+
+class Saver:
+    """Writes a run's checkpoints, from a copy of the state, while training goes on.
+
+    Training stands still only while the copy is made in the host's memory. A thread of each rank then writes, hashes
+    and flushes the rank's file; at the first step's edge at which every rank has done so, rank 0 seals the folder and
+    gives it its name. Until then the checkpoint before it is the newest. All methods are collective.
 
     Args:
         engine: The DeepSpeed engine.
-        progress: How far the run has come.
         run_dir: The run.
         keep: Newest checkpoints that stay; the one with the best validation loss stays besides.
-        validation_loss: Mean loss per target token measured at this step, if it was.
-
-    Returns:
-        The sealed folder; when this step was saved already, that folder as it is.
-
-    Raises:
-        TrainerError: A weight or moment is not finite, or a file could not be written; on every rank.
+        attempt: Who owns the run, on rank 0; None on the others.
+        base: Digests of the base model's files, on rank 0 (see `trainer.base_files`).
+        in_background: Whether training goes on while a checkpoint is written.
+        tell: Takes a row for the metrics for each checkpoint.
     """
-    final = checkpoints_dir(run_dir) / f"step-{progress.step}"
-    if max(_gather(final.is_dir())):
-        return final
-    partial = final.with_name(final.name + sealed.PARTIAL)
-    tensors = _tensors_of_this_rank(engine)
-    sizes = _gather(sealed.num_tensor_bytes(tensors))
-    with _together(f"making room for the checkpoint {final.name}"):
-        if dist.get_rank() == 0:
-            _make_room(partial, sum(sizes))
-    with _together(f"writing the checkpoint {final.name}, which needs {sum(sizes):,} bytes in {final.parent},"):
-        file = sealed.write_tensors(partial / f"rank-{dist.get_rank()}.safetensors", tensors)
-    files = _gather(file)
-    with _together(f"sealing the checkpoint {final.name}"):
-        if dist.get_rank() == 0:
-            content = _seal_content(engine, progress, validation_loss)
-            sealed.seal(partial, final, content, files)
-            _prune(final.parent, keep)
-    return final
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        run_dir: Path,
+        *,
+        keep: int,
+        attempt: Attempt | None,
+        base: dict[str, str] | None = None,
+        in_background: bool = True,
+        tell: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self._engine = engine
+        self._folder = checkpoints_dir(run_dir)
+        self._keep = keep
+        self._attempt = attempt
+        self._base = base
+        self._in_background = in_background
+        self._tell = tell
+        self._writing: _Writing | None = None
+
+    def save(self, progress: Progress, *, validation_loss: float | None = None, wait: bool = False) -> None:
+        """Begin a checkpoint at a step's edge; one that is still being written is sealed first.
+
+        Args:
+            progress: How far the run has come.
+            validation_loss: Mean loss per target token measured at this step, if it was.
+            wait: Return only when it is sealed; no copy is made then.
+
+        Raises:
+            TrainerError: A weight or moment is not finite, there is no room, a later attempt owns the run, or a file
+                could not be written; on every rank.
+        """
+        self.finish()
+        began = time.perf_counter()
+        final = self._folder / f"step-{progress.step}"
+        if max(_gather(final.is_dir())):
+            return
+        wait = wait or not self._in_background
+        tensors = _tensors_of_this_rank(self._engine)
+        num_bytes = sum(_gather(sealed.num_tensor_bytes(tensors)))
+        partial = self._make_room(final, num_bytes)
+        content = _seal_content(self._engine, progress, validation_loss) | {"base": self._base}
+        if not wait:
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        file = thread.submit(_timed_write, partial / f"rank-{dist.get_rank()}.safetensors", tensors)
+        thread.shutdown(wait=wait)
+        copy_s = 0.0 if wait else time.perf_counter() - began
+        self._writing = _Writing(progress.step, final, partial, content, num_bytes, copy_s, file)
+        if wait:
+            self.finish()
+
+    def poll(self) -> None:
+        """At each step's edge: seal the checkpoint that is being written, if every rank's file is on disk.
+
+        Raises:
+            TrainerError: See `save`.
+        """
+        if self._writing is not None and all(_gather(self._writing.file.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is on disk, and seal it; without one there is nothing to do.
+
+        Raises:
+            TrainerError: See `save`.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        began = time.perf_counter()
+        name, folder = writing.final.name, writing.final.parent
+        with _together(f"writing the checkpoint {name}, which needs {writing.num_bytes:,} bytes in {folder},"):
+            file, write_s = writing.file.result()
+        files, write_times = zip(*_gather((file, write_s)), strict=True)
+        with _together(f"sealing the checkpoint {name}"):
+            if self._attempt is not None:
+                self._attempt.check()
+                sealed.seal(writing.partial, writing.final, writing.content, list(files))
+                _prune(folder, self._keep)
+        row = {"kind": "checkpoint", "step": writing.step, "num_bytes": writing.num_bytes}
+        stalled_s = writing.copy_s + time.perf_counter() - began
+        self._tell(row | {"stalled_s": stalled_s, "copy_s": writing.copy_s, "write_s": max(write_times)})
+
+    def _make_room(self, final: Path, num_bytes: int) -> Path:
+        """Rank 0 makes the folder that all write into; its name says whose attempt it is."""
+        partial: Path | None = None
+        with _together(f"making room for the checkpoint {final.name}"):
+            if self._attempt is not None:
+                self._attempt.check()
+                partial = final.with_name(f"{final.name}{sealed.PARTIAL}-{self._attempt.label}")
+                _make_room(partial, num_bytes, self._attempt.number)
+        return next(path for path in _gather(partial) if path is not None)
+
+
+def _timed_write(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[sealed.SealedFile, float]:
+    began = time.perf_counter()
+    return sealed.write_tensors(path, tensors), time.perf_counter() - began
 
 
 def _tensors_of_this_rank(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
@@ -194,10 +294,16 @@ def _tensors_of_this_rank(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     Raises:
         TrainerError: A weight or moment is not finite; on every rank.
     """
-    kinds = KINDS if engine_state.num_optimizer_steps(engine) else KINDS[:1]
+    has_own_moments = engine_state.has_own_moments(engine)
+    kinds = KINDS if engine_state.num_optimizer_steps(engine) and not has_own_moments else KINDS[:1]
     tensors: dict[str, torch.Tensor] = {}
     with _together("collecting what is to be saved"):
-        for fragment in engine_state.fragments(engine):
+        here = engine_state.fragments(engine)
+        for name, tensor in engine_state.own_moments(engine, here).items() if has_own_moments else ():
+            if not tensor.isfinite().all():
+                raise TrainerError(f"the optimizer's {name} is not finite, so it is not saved")
+            tensors[f"moments/{name}"] = tensor
+        for fragment in here:
             first, end = 0, fragment.numel
             if engine_state.is_replicated(engine):  # every rank has all of it, so each writes an equal part
                 rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -210,11 +316,13 @@ def _tensors_of_this_rank(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     return tensors | _generators()
 
 
-def _make_room(partial: Path, num_bytes: int) -> None:
+def _make_room(partial: Path, num_bytes: int, attempt: int) -> None:
+    """Clear away what earlier attempts left; what a later one writes, should this one have been asleep, is not ours."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for leftover in partial.parent.iterdir():
-        if leftover.name.endswith((sealed.PARTIAL, sealed.REMOVED)):
-            sealed.remove_tree(leftover)
+        owner = re.search(rf"{re.escape(sealed.PARTIAL)}-A(\d+)-\w+$", leftover.name)
+        if leftover.name.endswith(sealed.REMOVED) or (owner and int(owner[1]) <= attempt):
+            shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(partial.parent).free
     if free < num_bytes:
         raise TrainerError(
@@ -233,10 +341,20 @@ def _seal_content(engine: DeepSpeedEngine, progress: Progress, validation_loss: 
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "num_optimizer_steps": engine_state.num_optimizer_steps(engine),
+        "moments": _moments_layout(engine),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "parameters": _shapes(engine),
     }
+
+
+def _moments_layout(engine: DeepSpeedEngine) -> str | None:
+    """What moments in a form of their own need to be restored; None for moments that fit every layout."""
+    if not engine_state.has_own_moments(engine):
+        return None
+    world_size, stage = dist.get_world_size(), engine.zero_optimization_stage()
+    name = type(engine.basic_optimizer).__name__
+    return f"{name} with training.num_workers {world_size} and deepspeed.stage {stage}"
 
 
 def _shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
@@ -248,9 +366,9 @@ def _prune(folder: Path, keep: int) -> None:
     steps = sealed_steps(folder)
     losses = {}
     for step in steps:
-        loss = sealed.read_seal(folder / f"step-{step}")[0]["validation_loss"]
-        if loss is not None:
-            losses[step] = loss
+        with suppress(TrainerError):  # a seal that was damaged since: nobody would take this checkpoint for the best
+            loss = sealed.read_seal(folder / f"step-{step}")[0]["validation_loss"]
+            losses |= {step: loss} if loss is not None else {}
     kept = set(steps[:keep]) | ({min(losses, key=lambda step: losses[step])} if losses else set())
     for step in steps:
         if step not in kept:
@@ -260,7 +378,7 @@ def _prune(folder: Path, keep: int) -> None:
 # --- restore --------------------------------------------------------------------------------------
 
 
-def restore(engine: DeepSpeedEngine, run_dir: Path) -> Progress | None:
+def restore(engine: DeepSpeedEngine, run_dir: Path, base: dict[str, str] | None = None) -> Progress | None:
     """Give a fresh engine the newest whole checkpoint's state; collective, before the first step.
 
     A damaged checkpoint is named in a warning, set aside as `step-N.damaged`, and the one before it is taken.
@@ -268,12 +386,13 @@ def restore(engine: DeepSpeedEngine, run_dir: Path) -> Progress | None:
     Args:
         engine: The DeepSpeed engine as `deepspeed.initialize` returned it.
         run_dir: The run.
+        base: Digests of the base model's files, on rank 0 (see `trainer.base_files`).
 
     Returns:
         Where the run goes on; None where it has no checkpoint.
 
     Raises:
-        TrainerError: All checkpoints are damaged, or the newest belongs to another model; on every rank.
+        TrainerError: All checkpoints are damaged, or the newest belongs to another model or base; on every rank.
     """
     checkpoint = _agree_on_checkpoint(checkpoints_dir(run_dir))
     if checkpoint is None:
@@ -281,8 +400,13 @@ def restore(engine: DeepSpeedEngine, run_dir: Path) -> Progress | None:
     content, files = sealed.read_seal(checkpoint)
     with _together(f"restoring {checkpoint}"):
         _refuse_other_model(engine, content["parameters"], checkpoint)
+        _refuse_other_moments(content.get("moments"), _moments_layout(engine), checkpoint)
+        if dist.get_rank() == 0:
+            refuse_other_base(content["base"], base)
     with _together(f"restoring {checkpoint}"), StoredTensors(checkpoint, [file.name for file in files]) as stored:
         engine_state.load(engine, stored.read, content["num_optimizer_steps"])
+        if engine_state.has_own_moments(engine):
+            engine_state.load_own_moments(engine, stored.own_moments(dist.get_rank()), content["num_optimizer_steps"])
         if dist.get_world_size() == content["world_size"]:
             _set_generators(stored.generators(dist.get_rank()))
         else:
@@ -293,7 +417,8 @@ def restore(engine: DeepSpeedEngine, run_dir: Path) -> Progress | None:
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()  # a step's edge, as it was
     if content["lr_scheduler"] is not None and engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(content["lr_scheduler"])
-    return Progress(**content["progress"])
+    scale = content["progress"].get("loss_scale")
+    return Progress(**content["progress"] | {"loss_scale": LossScale(**scale) if scale else None})
 
 
 def _agree_on_checkpoint(folder: Path) -> Path | None:
@@ -323,6 +448,14 @@ def _set_aside(damaged: list[Path]) -> None:
             aside = checkpoint.with_name(checkpoint.name + DAMAGED)
             sealed.remove_tree(aside)
             checkpoint.rename(aside)
+
+
+def _refuse_other_moments(stored: str | None, live: str | None, checkpoint: Path) -> None:
+    if stored != live:
+        raise TrainerError(
+            f"{checkpoint} holds the moments of {stored or 'adamw'}, which {live or 'adamw'} can't take over: go on "
+            "with what it was written with, or start anew in another folder"
+        )
 
 
 def _refuse_other_model(engine: DeepSpeedEngine, stored: dict[str, list[int]], checkpoint: Path) -> None:

@@ -331,6 +331,11 @@ class TrainingConfig(Section):
     validate_every: int = Field(100, ge=1, description="Optimizer steps between validation losses.")
     checkpoint_every: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    checkpoint_in_background: bool = Field(
+        True,
+        description="Train on while a checkpoint is written, from a copy in host memory (12 bytes a trained weight, "
+        "over all ranks); false writes it while training waits.",
+    )
     max_failures: int = Field(3, ge=0, description="Restarts of the worker group before the stage fails.")
     hang_timeout_s: float = Field(
         1800.0,

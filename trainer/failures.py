@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,9 @@ class Watchdog:
     writes the stacks of its threads to `run_dir/incidents/`, wakes ranks of its machine that a signal has stopped so
     that they do the same, and exits with 76: whoever started the group sees a failure and starts it again.
 
+    A rank that hangs in C code which holds the interpreter's lock stops this thread too. For it a timer of
+    faulthandler, which needs no lock, is wound up at each look; left alone, it writes the stacks and exits with 1.
+
     Args:
         run_dir: The run.
         rank: This rank.
@@ -174,6 +178,7 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, rank: int, peers: list[Peer], timeout_s: float) -> None:
         self._folder = run_dir / "incidents"
+        self._locked = self._folder / f"interpreter-locked-rank-{rank}-process-{os.getpid()}.txt"
         self._rank = rank
         self._peers = peers
         self._timeout_s = timeout_s
@@ -193,25 +198,34 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._last_beat = time.monotonic()
+        self._folder.mkdir(exist_ok=True)
+        self._stacks = self._locked.open("w", encoding="utf-8")  # by the time it is needed, none can be opened
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._done.set()
         self._thread.join()
+        self._stacks.close()
+        self._locked.unlink()
+        with suppress(OSError):  # not empty: something happened, or others are still at it
+            self._folder.rmdir()
 
     def _watch(self) -> None:
         last_look = time.monotonic()
         while not self._done.wait(min(1.0, self._timeout_s / 10)):
+            faulthandler.dump_traceback_later(self._timeout_s + _GRACE_S, exit=True, file=self._stacks)
             now = time.monotonic()
             if is_overdue(now, self._last_beat, last_look, self._timeout_s):
                 self._give_up(now - min(self._last_beat, last_look))
             last_look = now
+        faulthandler.cancel_dump_traceback_later()
 
     def _give_up(self, still_s: float) -> None:
         host = socket.gethostname()
         stopped = [peer for peer in self._peers if peer.host == host and _is_stopped(peer.pid)]
-        self._folder.mkdir(exist_ok=True)
+        faulthandler.cancel_dump_traceback_later()
+        self._locked.unlink()
         path = self._folder / f"hang-after-step-{self._step}-rank-{self._rank}.txt"
         with path.open("w", encoding="utf-8") as file:
             file.write(f"rank {self._rank} on {host}, process {os.getpid()}: no progress for {still_s:.1f} s\n")

@@ -227,6 +227,8 @@ class Run:
     """What a step costs and what the devices can do."""
     trace: StepTrace
     """PyTorch's profiler."""
+    saver: checkpoint.Saver
+    """Writes checkpoints while training goes on."""
     beat: Callable[[int], None]
     """Told the steps taken so far whenever something went on; a long silence is taken for a hang."""
 
@@ -256,13 +258,13 @@ def train(run: Run, progress: checkpoint.Progress) -> checkpoint.Progress:
     while not finished:
         with traced(config.profile, progress.step + 1, run.trace):
             progress, stop = one_step(run, progress)
+        run.saver.poll()
         due = progress.step == run.max_steps or progress.step % config.validate_every == 0
         watched = validate(run, progress.step) if due else None
         finished = is_finished(run, progress)
         if finished or stop or progress.step % config.checkpoint_every == 0:
             run.beat(progress.step)
-            keep = config.keep_checkpoints
-            checkpoint.save(run.engine, progress, run.found.run_dir, keep=keep, validation_loss=watched)
+            run.saver.save(progress, validation_loss=watched, wait=finished or stop)
         if stop and not finished:
             raise Preempted(f"asked to stop, and saved after step {progress.step} of {run.max_steps}")
     return progress
@@ -374,6 +376,7 @@ def skipped_step(run: Run, progress: checkpoint.Progress, batch: StepBatches, ou
     step, cause = progress.step + 1, str(outcome.refused)
     match after_nonfinite(run.config.on_nonfinite, progress.num_skipped, step, cause, row_ids):
         case Stop(message):
+            run.saver.finish()  # the checkpoint that is being written is whole: nothing of this step is in it
             raise TrainerError(message)
         case Skip():
             epoch = step / run.train_batches.steps_per_epoch

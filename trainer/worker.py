@@ -29,6 +29,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from trainer import checkpoint
 from trainer.attempt import Attempt
+from trainer.base_files import base_digests
 from trainer.config import TrainerConfig, load_trainer_config
 from trainer.data.batches import Batches
 from trainer.data.shards import PackedSplit
@@ -71,8 +72,10 @@ def train(
     engine = build_engine(config, found)
     arithmetic = arithmetic_of(engine.module, found.device, DTYPES[config.training.precision], found.world_size)
     attempt = Attempt.begin(run_dir) if found.rank == 0 else None
+    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
+    base = base_digests(config.model, run_dir, weights=frozen) if found.rank == 0 else None
     # The last thing before the loop that draws random numbers: from here on the generators are the interrupted run's.
-    progress = checkpoint.restore(engine, run_dir) or checkpoint.Progress(0, 0, 0, 0)
+    progress = checkpoint.restore(engine, run_dir, base) or checkpoint.Progress(0, 0, 0, 0)
     losses = earlier_losses(progress.step, found)
     trackers = open_trackers(config, run_dir) if found.rank == 0 else []
 
@@ -100,6 +103,15 @@ def train(
             validation_losses=losses,
             arithmetic=arithmetic,
             trace=StepTrace(run_dir, found.rank),
+            saver=checkpoint.Saver(
+                engine,
+                run_dir,
+                keep=config.training.keep_checkpoints,
+                attempt=attempt,
+                base=base,
+                in_background=config.training.checkpoint_in_background,
+                tell=tell,
+            ),
             beat=watchdog.beat,
         )
         try:
@@ -243,7 +255,7 @@ def earlier_losses(step: int, found: Found) -> list[float]:
 def print_row(row: dict[str, Any]) -> None:
     """One line for a row of the metrics, from the first rank."""
     if dist.get_rank() == 0:
-        shown = ("kind", "step", "max_steps", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "cause")
+        shown = ("kind", "step", "max_steps", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "stalled_s", "write_s", "cause")
         values = {name: row[name] for name in shown if row.get(name) is not None}
         print(
             *(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in values.items()),

@@ -3,9 +3,11 @@
     dying_worker.py CONFIG.yaml RUN_DIR '{"kind": "SIGKILL", "rank": 1, "step": 3, "delay_s": 0.01}'
 
 Kinds: any signal, which the rank sends to itself `delay_s` after the step; `nan_loss` and `nan_gradient`, where the
-row with token 255 gives a loss or a gradient that is not finite. The worker itself is the product's, unchanged.
+row with token 255 gives a loss or a gradient that is not finite; `lock`, where the rank sleeps after the step in C code
+that keeps the interpreter's lock. The worker itself is the product's, unchanged.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -46,6 +48,8 @@ def main():
 
     def on_step(row):
         here = dist.get_rank() == what["rank"] and (row["kind"], row["step"]) == ("train", what.get("step"))
+        if here and kind == "lock":
+            ctypes.PyDLL(None).sleep(600)
         if here and kind.startswith("SIG"):
             threading.Timer(what["delay_s"], os.kill, (os.getpid(), getattr(signal, kind))).start()
 

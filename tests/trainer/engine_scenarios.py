@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -27,7 +28,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from trainer import checkpoint, engine_state, sealed, stored
-from trainer.checkpoint import Progress
+from trainer.attempt import Attempt
+from trainer.checkpoint import Progress, Saver
 from trainer.errors import TrainerError
 from trainer.failures import StepGuard
 
@@ -125,6 +127,24 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def attempt_of(run_dir: Path) -> Attempt | None:
+    """A new attempt, on the rank that owns it."""
+    run_dir.mkdir(exist_ok=True)
+    return Attempt.begin(run_dir) if dist.get_rank() == 0 else None
+
+
+def begin_save(engine: Any, progress: Progress, run_dir: Path, *, keep: int, loss: float | None = None) -> Saver:
+    """Begin a checkpoint in a new attempt."""
+    saver = Saver(engine, run_dir, keep=keep, attempt=attempt_of(run_dir))
+    saver.save(progress, validation_loss=loss)
+    return saver
+
+
+def save(engine: Any, progress: Progress, run_dir: Path, *, keep: int, loss: float | None = None) -> None:
+    """A checkpoint from its beginning to its end."""
+    begin_save(engine, progress, run_dir, keep=keep, loss=loss).finish()
+
+
 def words_of(call: Callable[[], object]) -> str:
     """What an error says; the empty string where there is none."""
     try:
@@ -141,7 +161,7 @@ def from_one(folder: Path) -> dict[str, Any]:
     """A checkpoint of one rank, and how that run went on."""
     engine = make_engine(2, "fp32", seed=3, dropout=0.0)
     train(engine, 0, 3)
-    checkpoint.save(engine, Progress(3, 0, 3, 120), folder / "one", keep=2)
+    save(engine, Progress(3, 0, 3, 120), folder / "one", keep=2)
     torch.save(full_state(engine), folder / "one.pt")
     return {"losses": train(engine, 3, 6)}
 
@@ -156,13 +176,14 @@ def two(folder: Path) -> dict[str, Any]:
         found[f"one rank on two, zero{stage}"] = elsewhere(folder / "one", one, stage, precision="fp32")
     engine = make_engine(3, "fp32", seed=5, dropout=0.0)
     train(engine, 0, 3)
-    checkpoint.save(engine, Progress(3, 0, 3, 120), folder / "two", keep=2)
+    save(engine, Progress(3, 0, 3, 120), folder / "two", keep=2)
     state = full_state(engine)
     if dist.get_rank() == 0:
         torch.save(state, folder / "two.pt")
     found["two losses"] = train(engine, 3, 6)
     found["damage"] = damage(engine, folder / "damage")
     found["not finite"] = not_finite(engine, folder / "not-finite")
+    found["two attempts"] = two_attempts(engine, folder / "two-attempts")
     found["one rank cannot write"] = one_rank_cannot_write(engine, folder / "cannot-write")
     return found
 
@@ -177,6 +198,7 @@ def to_one(folder: Path) -> dict[str, Any]:
     train(engine, 0, 2)
     checkpoint._gather = lambda value: [value]  # a forked child has no gloo; a world of one needs none
     found["crashes"] = crashes(engine, folder / "crashes")
+    found["kept"] = kept(engine, folder / "kept")
     found["order"] = order_of_operations(engine, folder / "order")
     found["disk full"] = disk_full(engine, folder / "disk-full")
     return found
@@ -186,9 +208,10 @@ def saved_and_restored(run_dir: Path, stage: int, precision: str) -> dict[str, A
     """A run that goes on after a save, and a fresh engine that goes on from what was saved."""
     engine = make_engine(stage, precision, seed=1)
     train(engine, 0, 3)
-    checkpoint.save(engine, Progress(3, 0, 3, 120), run_dir, keep=2)
+    saver = begin_save(engine, Progress(3, 0, 3, 120), run_dir, keep=2)
     at_save = full_state(engine)
-    losses = train(engine, 3, 6)
+    losses = train(engine, 3, 6)  # while the checkpoint is being written
+    saver.finish()
     after = full_state(engine)
     again = make_engine(stage, precision, seed=2)
     progress = checkpoint.restore(again, run_dir)
@@ -237,7 +260,7 @@ def elsewhere(run_dir: Path, state: dict[str, torch.Tensor], stage: int, precisi
 def damage(engine: Any, run_dir: Path) -> dict[str, Any]:
     """Damage that only one of two ranks sees: both pass over the same checkpoint, or both raise."""
     for step in (1, 2, 3):
-        checkpoint.save(engine, Progress(step, 0, step, 0), run_dir, keep=3)
+        save(engine, Progress(step, 0, step, 0), run_dir, keep=3)
     folder = run_dir / "checkpoints"
     if dist.get_rank() == 0:
         flip_a_byte(folder / "step-3" / "rank-1.safetensors")
@@ -267,12 +290,48 @@ def not_finite(engine: Any, run_dir: Path) -> list[Any]:
     if dist.get_rank() == 1:
         last = engine_state.fragments(engine)[-1]
         engine_state.view(engine, last, "exp_avg")[-1] = torch.nan
-    words = words_of(lambda: checkpoint.save(engine, Progress(9, 0, 9, 0), run_dir, keep=1))
+    words = words_of(lambda: save(engine, Progress(9, 0, 9, 0), run_dir, keep=1))
     if dist.get_rank() == 1:
         engine_state.view(engine, last, "exp_avg")[-1] = 0
     everywhere: list[Any] = [None, None]
     dist.all_gather_object(everywhere, words)
-    return [everywhere, sorted(path.name for path in run_dir.rglob("*"))]
+    return [everywhere, (run_dir / "checkpoints").exists()]
+
+
+def two_attempts(engine: Any, run_dir: Path) -> dict[str, Any]:
+    """An attempt that was asleep while its successor began: it neither seals nor touches what the other writes."""
+    asleep = begin_save(engine, Progress(8, 0, 8, 0), run_dir, keep=2)
+    asleep._writing.file.result()
+    found: dict[str, Any] = {"before": names_in(run_dir)}
+    successor = begin_save(engine, Progress(9, 0, 9, 0), run_dir, keep=2)
+    found["with a successor"] = names_in(run_dir)
+    found["sealing"] = words_of(asleep.finish)
+    found["saving"] = words_of(lambda: asleep.save(Progress(10, 0, 10, 0)))
+    if dist.get_rank() == 0:  # had it slept between its look at the attempt and the tidying
+        checkpoint._make_room(run_dir / "checkpoints" / "step-10.partial-A1-ab", 0, 1)
+    found["tidied by the first"] = names_in(run_dir)
+    successor.finish()
+    successor.save(Progress(11, 0, 11, 0), wait=True)
+    return found | {"in the end": names_in(run_dir)}
+
+
+def names_in(run_dir: Path) -> list[str]:
+    """What lies in checkpoints/, attempts by number only; the same on every rank."""
+    dist.barrier()
+    names = sorted(re.sub(r"(-A\d+)-\w+", r"\1", path.name) for path in (run_dir / "checkpoints").iterdir())
+    dist.barrier()
+    return names
+
+
+def kept(engine: Any, run_dir: Path) -> list[list[str]]:
+    """The newest one and the best stay; a seal that is damaged later stops no save."""
+    left = []
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 0.5)):
+        save(engine, Progress(step, 0, step, 0), run_dir, keep=1, loss=loss)
+        left.append(sorted(path.name for path in (run_dir / "checkpoints").iterdir()))
+    flip_a_byte(run_dir / "checkpoints" / "step-5" / "seal.json")
+    save(engine, Progress(6, 0, 6, 0), run_dir, keep=1)
+    return [*left, sorted(path.name for path in (run_dir / "checkpoints").iterdir())]
 
 
 def one_rank_cannot_write(engine: Any, run_dir: Path) -> list[Any]:
@@ -281,9 +340,9 @@ def one_rank_cannot_write(engine: Any, run_dir: Path) -> list[Any]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-    words = words_of(lambda: checkpoint.save(engine, Progress(9, 0, 9, 0), run_dir, keep=1))
+    words = words_of(lambda: save(engine, Progress(9, 0, 9, 0), run_dir, keep=1))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    checkpoint.save(engine, Progress(9, 0, 9, 0), run_dir, keep=1)
+    save(engine, Progress(9, 0, 9, 0), run_dir, keep=1)
     everywhere: list[Any] = [None, None]
     dist.all_gather_object(everywhere, words)
     return [everywhere, sorted(path.name for path in (run_dir / "checkpoints").iterdir())]
@@ -351,13 +410,15 @@ def in_a_child(work: Callable[[], None]) -> int:
 def crashes(engine: Any, run_dir: Path) -> dict[str, Any]:
     """Kill a save before each of its file operations in turn, until one lives to its end."""
     found = []
-    checkpoint.save(engine, Progress(1, 0, 1, 0), run_dir, keep=1)
+    save(engine, Progress(1, 0, 1, 0), run_dir, keep=1)
     for number in range(10_000):
         shutil.rmtree(run_dir.with_name("trial"), ignore_errors=True)
         trial = Path(shutil.copytree(run_dir, run_dir.with_name("trial")))
         count = 0
 
         def killed_save(number: int = number, trial: Path = trial) -> None:
+            saver = Saver(engine, trial, keep=1, attempt=attempt_of(trial))
+
             def tell(operation: str) -> None:
                 nonlocal count
                 if count == number:
@@ -365,12 +426,13 @@ def crashes(engine: Any, run_dir: Path) -> dict[str, Any]:
                 count += 1
 
             tell_file_operations(tell)
-            checkpoint.save(engine, Progress(2, 0, 2, 0), trial, keep=1)
+            saver.save(Progress(2, 0, 2, 0))
+            saver.finish()
 
         status = in_a_child(killed_save)
         newest = stored.newest(trial)
         resumed = in_a_child(lambda trial=trial: checkpoint.restore(engine, trial))
-        repaired = in_a_child(lambda trial=trial: checkpoint.save(engine, Progress(3, 0, 3, 0), trial, keep=1) and None)
+        repaired = in_a_child(lambda trial=trial: save(engine, Progress(3, 0, 3, 0), trial, keep=1))
         left = sorted(path.name for path in (trial / "checkpoints").iterdir())
         found.append([status, newest and newest.name, resumed, repaired, left])
         if status == 0:
@@ -384,11 +446,13 @@ def order_of_operations(engine: Any, run_dir: Path) -> list[str]:
 
     def logged_save() -> None:
         operations: list[str] = []
-        tell_file_operations(operations.append)
-        checkpoint.save(engine, Progress(2, 0, 2, 0), run_dir, keep=1)
+        saver = Saver(engine, run_dir, keep=1, attempt=attempt_of(run_dir))
+        tell_file_operations(lambda operation: operations.append(re.sub(r"-A\d+-\w+", "", operation)))
+        saver.save(Progress(2, 0, 2, 0))
+        saver.finish()
         log.write_text(json.dumps(operations))
 
-    checkpoint.save(engine, Progress(1, 0, 1, 0), run_dir, keep=1)
+    save(engine, Progress(1, 0, 1, 0), run_dir, keep=1)
     in_a_child(logged_save)
     return json.loads(log.read_text())
 
@@ -396,15 +460,16 @@ def order_of_operations(engine: Any, run_dir: Path) -> list[str]:
 def disk_full(engine: Any, run_dir: Path) -> list[list[Any]]:
     """Saves on a disk that takes only so many bytes of a file; one that is full before the save."""
     found = []
-    checkpoint.save(engine, Progress(1, 0, 1, 0), run_dir, keep=1)
+    save(engine, Progress(1, 0, 1, 0), run_dir, keep=1)
     for limit in (0, 5, 3000, 20_000):
         words = run_dir / f"words-{limit}"
 
         def limited_save(limit: int = limit, words: Path = words) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails like one on a full disk
+            saver = Saver(engine, run_dir, keep=1, attempt=attempt_of(run_dir))
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-            said = words_of(lambda: checkpoint.save(engine, Progress(2, 0, 2, 0), run_dir, keep=1))
+            said = words_of(lambda: [saver.save(Progress(2, 0, 2, 0)), saver.finish()])
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             words.write_text(said)
 
@@ -415,7 +480,7 @@ def disk_full(engine: Any, run_dir: Path) -> list[list[Any]]:
     def full_save() -> None:
         usage = shutil.disk_usage(run_dir)
         checkpoint.shutil.disk_usage = lambda _: usage._replace(free=1000)
-        said = words_of(lambda: checkpoint.save(engine, Progress(2, 0, 2, 0), run_dir, keep=1))
+        said = words_of(lambda: save(engine, Progress(2, 0, 2, 0), run_dir, keep=1))
         (run_dir / "words-full").write_text(said)
 
     in_a_child(full_save)

@@ -86,9 +86,12 @@ def rows(run_dir: Path, kind: str):
 
 
 def losses(run_dir: Path):
-    """(kind, step, loss) of every row of the metrics, in the order of the file."""
+    """(kind, step, loss) of every row of the metrics, in the order of the file.
+
+    Checkpoints are left out: their rows come when they are sealed, which the disk decides.
+    """
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["kind"], row["step"], row.get("loss")) for row in found]
+    return [(row["kind"], row["step"], row.get("loss")) for row in found if row["kind"] != "checkpoint"]
 
 
 def tensors(run_dir: Path, step: int):

@@ -76,7 +76,28 @@ def test_a_number_that_is_not_finite_is_never_saved(found):
     everywhere, left = found["two"]["not finite"]
     assert everywhere[0] == everywhere[1]
     assert "rank 1: exp_avg of out.bias is not finite" in everywhere[0]
-    assert left == []
+    assert left is False  # not even the folder
+
+
+def test_an_attempt_that_sleeps_beside_its_successor_leaves_it_alone(found):
+    attempts = found["two"]["two attempts"]
+    assert attempts["before"] == ["step-8.partial-A1"]
+    assert attempts["with a successor"] == ["step-9.partial-A2"]
+    for words in (attempts["sealing"], attempts["saving"]):
+        assert "attempt 1 of this run ends: attempt 2 has taken it over" in words
+    assert "step-9.partial-A2" in attempts["tidied by the first"]
+    assert attempts["in the end"] == ["step-11", "step-9"]
+
+
+def test_the_newest_and_the_best_stay(found):
+    assert found["to_one"]["kept"] == [
+        ["step-1"],
+        ["step-2"],
+        ["step-2", "step-3"],
+        ["step-2", "step-4"],
+        ["step-5"],
+        ["step-6"],
+    ]
 
 
 def test_a_rank_that_cannot_write_stops_all_ranks(found):

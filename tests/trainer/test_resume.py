@@ -11,6 +11,7 @@ from trainer import sealed, stored
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}
 KINDS = {"zero0": ({}, 0), "zero2": ({}, 2), "zero3": ({}, 3), "lora": (LORA, 2)}
+OFFLOADED = {"zero2-offloaded": 2, "zero3-offloaded": 3}
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,10 @@ def whole(tmp_path_factory, tiny_base):
     def of(kind):
         run_dir = folder / kind
         if not run_dir.exists():
-            tuning, stage = KINDS[kind]
+            tuning, stage = KINDS.get(kind) or ({}, OFFLOADED[kind])
             write_run(run_dir, tiny_base, tuning=tuning, stage=stage)
+            if kind in OFFLOADED:
+                set_options(run_dir, "deepspeed", offload_optimizer="cpu")
             done = train(run_dir)
             assert done.returncode == 0, done.stderr[-3000:]
         return run_dir
@@ -51,6 +54,8 @@ def assert_same_run(one, other):
         ("lora", 6, 0.005),
         pytest.param("zero2", 1, 0.0, marks=pytest.mark.slow),
         pytest.param("zero0", 3, 0.0, marks=pytest.mark.slow),
+        pytest.param("zero2-offloaded", 4, 0.01, marks=pytest.mark.slow),
+        pytest.param("zero3-offloaded", 5, 0.01, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, kind, step, delay_s):
@@ -98,6 +103,34 @@ def test_a_rank_under_sigstop_is_seen_and_all_stacks_are_saved(whole, tmp_path):
     again = train(run_dir)
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same_run(run_dir, whole("zero2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_rank_that_holds_the_interpreter_s_lock_is_seen_and_its_stack_is_saved(whole, tmp_path, num_ranks):
+    run_dir = fresh_copy(whole("zero2"), tmp_path / "run")
+    set_options(run_dir, "training", hang_timeout_s=4.0)
+    hung = train(run_dir, num_ranks, kind="lock", rank=num_ranks - 1, step=5)
+    assert hung.returncode != 0
+    stacks = {path.name.split("-process")[0]: path.read_text() for path in (run_dir / "incidents").iterdir()}
+    assert "dying_worker.py" in stacks[f"interpreter-locked-rank-{num_ranks - 1}"]
+    if num_ranks == 2:
+        assert "trainer/loop.py" in stacks["hang-after-step-5-rank-0.txt"]
+    again = train(run_dir)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert rows(run_dir, "train")[-1]["step"] == STEPS
+
+
+@pytest.mark.slow
+def test_a_base_that_was_changed_since_is_refused(whole, tmp_path):
+    run_dir = shutil.copytree(whole("lora"), tmp_path / "run")
+    path = run_dir / "base" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused = train(run_dir)
+    assert refused.returncode != 0
+    assert "rank 0: the base model is not the one that this run is trained on: model.safetensors" in refused.stderr
 
 
 @pytest.fixture(scope="module")
