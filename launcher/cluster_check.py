@@ -16,6 +16,7 @@ from launcher.config import RunConfig
 from launcher.errors import ConfigError, LauncherError
 from launcher.ray_cluster import Resources, check_fits
 from launcher.stages import Stage, versions
+from launcher.storage import probe
 
 PROBE_S = 120
 Found = Mapping[str, Any]
@@ -49,7 +50,7 @@ def wait_until_fit(
             told = True
         time.sleep(1)
     nodes = _alive()
-    problems = problems_of(_probe(nodes, run_dir), versions(), run_dir)
+    problems = problems_of(_probe(nodes, run_dir, config.run.url), versions(), run_dir)
     if problems:
         raise LauncherError("the cluster's nodes are not fit for this run:\n" + "\n".join(problems))
     say(f"cluster: {len(nodes)} nodes see {run_dir} and have the same versions")
@@ -77,6 +78,8 @@ def problems_of(found: Mapping[str, Found | str], here: Mapping[str, str], run_d
                 f"  node {node}: does not see what is written to {run_dir} here; put run.storage on storage that all "
                 f"nodes share"
             )
+        if answer.get("store"):
+            problems.append(f"  node {node}: {answer['store']}")
         there = answer["versions"]
         problems += [
             f"  node {node}: has {name} {there.get(name, '(none)')}, here is {here.get(name, '(none)')}"
@@ -118,8 +121,8 @@ def _holders() -> str:
     return f"the cluster has {told}; held by placement groups: {held or 'none'}"
 
 
-def _probe(nodes: Sequence[Mapping[str, Any]], run_dir: Path) -> dict[str, Found | str]:
-    """Let every node read a file of this host, and this host a file of every node."""
+def _probe(nodes: Sequence[Mapping[str, Any]], run_dir: Path, url: str | None) -> dict[str, Found | str]:
+    """Let every node read this host's file, this host every node's, and every node what it wrote to the store."""
     name = f".probe-{secrets.token_hex(8)}"
     mark = run_dir / name
     mark.write_text("", encoding="utf-8")
@@ -127,7 +130,7 @@ def _probe(nodes: Sequence[Mapping[str, Any]], run_dir: Path) -> dict[str, Found
         asked = {
             f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": _look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(mark), f"{name}-{number}")
+            ).remote(str(mark), f"{name}-{number}", url)
             for number, node in enumerate(nodes)
         }
         return {node: _answer(reference) for node, reference in asked.items()}
@@ -146,10 +149,16 @@ def _answer(reference: Any) -> Found | str:  # noqa: ANN401 - Ray's references a
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(mark: str, answer: str) -> dict[str, Any]:
-    """On a node: is the launcher's file there, and what is installed?"""
+def _look(mark: str, answer: str, url: str | None) -> dict[str, Any]:
+    """On a node: is the launcher's file there, does the store work, and what is installed?"""
     path = Path(mark)
     sees = path.is_file()
     if sees:
         path.with_name(answer).write_text(socket.gethostname(), encoding="utf-8")
-    return {"sees_file": sees, "versions": versions()}
+    store = None
+    if url is not None:  # the launcher, which alone uses it, may run on any node next time
+        try:
+            probe(url)
+        except LauncherError as error:
+            store = str(error)
+    return {"sees_file": sees, "store": store, "versions": versions()}

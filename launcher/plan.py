@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.config import ApiJudge, JudgeConfig, JuryJudge, VllmJudge
+from evaluation.config import JudgeConfig, JuryJudge, VllmJudge, key_variables
 from launcher import estimate
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.ray_cluster import local_resources, misfits, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
+from trainer.devices import device_problems
 
 # vLLM 0.32's attention on CPUs.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -47,7 +48,7 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     """
     resources = local_resources()
     found = [problem for path in config.data.local_paths for problem in _data_problems(path)]
-    found += _judge_problems(config)
+    found += _judge_problems(config) + _storage_problems(config)
     if "generate" in stages:
         found += _harness_problems(config)
     found += _head_size_problems(config)
@@ -57,7 +58,10 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
         found += misfits(config, resources, stages)
     if "train" not in stages:
         return found
-    return found + estimate.problems(config, on_gpu=uses_gpus(config.cluster, resources))
+    on_gpu = uses_gpus(config.cluster, resources)
+    if config.cluster.address == "local":
+        found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu)
+    return found + estimate.problems(config, on_gpu=on_gpu)
 
 
 def describe(
@@ -134,6 +138,18 @@ def _model_problems(key: str, name: str) -> list[str]:
     return [f"{key} = {name}: has no weights (*.safetensors)"]
 
 
+def _storage_problems(config: RunConfig) -> list[str]:
+    if config.run.url is None:
+        return []
+    from fsspec.core import get_filesystem_class
+
+    try:
+        get_filesystem_class(config.run.url.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        return [f"run.storage = {config.run.storage}: {error}"]
+    return []
+
+
 def _head_size_problems(config: RunConfig) -> list[str]:
     sizes = config.model.from_scratch
     if sizes is None or uses_gpus(config.cluster, local_resources()):
@@ -174,13 +190,12 @@ def _harness_problems(config: RunConfig) -> list[str]:
 
 
 def _judge_problems(config: RunConfig) -> list[str]:
-    problems = []
+    problems = [
+        f"{where} = {variable}: that environment variable is not set; set it, or give null"
+        for where, variable in key_variables(config.generation, config.judge)
+        if not os.environ.get(variable)
+    ]
     for member in judge_members(config.judge):
-        match member:
-            case ApiJudge(api_key_env=str(variable)) if not os.environ.get(variable):
-                problems.append(
-                    f"judge.api_key_env = {variable}: that environment variable is not set; set it, or give null"
-                )
-            case VllmJudge(model=model):
-                problems += _model_problems("judge.model", model)
+        if isinstance(member, VllmJudge):
+            problems += _model_problems("judge.model", member.model)
     return problems

@@ -15,11 +15,12 @@ from rich.console import Console
 from evaluation.config import AnsweringModel, ModelSource, VllmJudge
 from launcher import plan
 from launcher.config import RunConfig, dump_config
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, LauncherError, Preempted
 from launcher.progress import MetricsFollower
 from launcher.ray_cluster import check_fits, ray_cluster, uses_gpus
 from launcher.run_directory import open_run_directory, write_atomically
 from launcher.stages import STAGES, Differs, Finished, Stage, begin, finish, state_of
+from launcher.storage import RunCopy
 from trainer.stopping import clear_stop, stop_on_signals
 
 
@@ -50,11 +51,16 @@ def run_stages(
     plan.check(config, stages)
     _quieten()
     with open_run_directory(run_dir):
+        copy = RunCopy(config.run.url, run_dir) if config.run.url else None
+        if copy is not None:
+            copy.begin(lambda line: console.print(line, soft_wrap=True, markup=False))
         _check_before(config, run_dir, stages[0])
         with ExitStack() as held:
-            work = _Work(config, run_dir, stages, console, held, strict=strict)
+            work = _Work(config, run_dir, stages, console, held, strict=strict, copy=copy)
             for stage in stages:
                 _run_stage(work, stage, force=force, command=command)
+        if copy is not None and copy.problem:
+            raise LauncherError(f"{copy.problem}\nall is done in {run_dir}; the same command copies it")
     console.print(f"all asked stages are done: {run_dir}", soft_wrap=True)
 
 
@@ -131,6 +137,7 @@ def _run_stage(work: _Work, stage: Stage, *, force: bool, command: str) -> None:
     counts = work.do(stage)
     wall_s = time.monotonic() - started
     finish(stage, work.run_dir, counts, wall_s)
+    work.push()
     work.console.print(f"[bold]{stage}[/] done in {wall_s:.1f} s")
     _show_result(work, stage, counts)
 
@@ -162,12 +169,14 @@ class _Work:
         held: ExitStack,
         *,
         strict: bool,
+        copy: RunCopy | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.stages = stages
         self.console = console
         self.strict = strict
+        self.copy = copy
         self._held = held
         self._use_gpu: bool | None = None
 
@@ -233,10 +242,25 @@ class _Work:
         from launcher.ray_training import train_on_ray
 
         follower = MetricsFollower(self.run_dir / "metrics.jsonl", self._say, every_s=5)
-        with _stop_requests(self.run_dir):
-            return train_on_ray(
-                self.config.trainer, self.run_dir, use_gpu=use_gpu, tick=follower.tick, notify=self._say
-            )
+
+        def tick() -> None:
+            follower.tick()
+            if self.copy is not None:
+                self.copy.push_checkpoint()
+
+        try:
+            with _stop_requests(self.run_dir):
+                return train_on_ray(self.config.trainer, self.run_dir, use_gpu=use_gpu, tick=tick, notify=self._say)
+        except Preempted:
+            self.push()
+            raise
+
+    def push(self) -> None:
+        """Bring the copy in the store up to date, where there is one; one that fails is told, and tried again later."""
+        if self.copy is not None:
+            self.copy.push()
+            if self.copy.problem:
+                self._say(self.copy.problem)
 
     def _generate(self) -> dict[str, Any]:
         self._ray()

@@ -12,10 +12,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 import launcher
-from evaluation.config import ApiJudge
+from evaluation.config import key_variables
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
-from launcher.plan import judge_members
 from launcher.stages import STAGES, Stage
 from launcher.submit.config import SlurmConfig
 
@@ -284,8 +283,7 @@ def _directive_word(value: str) -> str:
 def passed_names(config: RunConfig) -> list[str]:
     """Names of the variables that the job takes along from where it is submitted."""
     names = [*ALWAYS_PASSED, *slurm_of(config).pass_environment]
-    asked = [judge for judge in judge_members(config.judge) if isinstance(judge, ApiJudge)]
-    names += [judge.api_key_env for judge in asked if judge.api_key_env]
+    names += [variable for _, variable in key_variables(config.generation, config.judge)]
     return list(dict.fromkeys(names))
 
 
