@@ -30,7 +30,7 @@ def write_report(config: ReportConfig, run_dir: Path) -> dict[str, Any]:
     files = read_run(run_dir)
     numbers = build_numbers(files, config)
     _write(run_dir / "report.json", json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    _write(run_dir / "report.md", render_markdown(numbers))
+    _write(run_dir / "report.md", render_markdown(numbers, files))
     _write(run_dir / "report.csv", table_csv(files))
     _write(run_dir / "report.junit.xml", junit_xml(files, config.pass_score))
     _write(run_dir / "report.html", render_html(numbers, files))

@@ -78,16 +78,21 @@ def comparison_words(difference: PairedDifference, detectable: float | None, con
         confidence: Coverage of the interval.
 
     Returns:
-        One or two sentences.
+        One to three sentences.
     """
     mean = difference.estimate.mean
     if mean is None:
         return "The two models have no scored prompt in common, so there is nothing to compare."
-    can_show = "" if detectable is None else f" {difference.num_pairs} prompts can show {detectable:.1f} points."
+    finds = (
+        ""
+        if detectable is None
+        else f" With {difference.num_pairs} prompts a true difference of {detectable:.1f} points is found four times "
+        "out of five; a smaller one is easily missed."
+    )
     if difference.is_distinguishable(confidence):
         word = "better" if mean > 0 else "worse"
-        return f"Tuned is {word} than base by {abs(mean):.1f} points on average.{can_show}"
-    return f"Not distinguishable: the difference of {mean:+.1f} points could be chance.{can_show}"
+        return f"Tuned is {word} than base by {abs(mean):.1f} points on average.{finds}"
+    return f"Not distinguishable: the difference of {mean:+.1f} points could be chance.{finds}"
 
 
 def interval_text(estimate: dict[str, float | None], *, signed: bool = False) -> str:

@@ -53,6 +53,7 @@ def build_numbers(files: RunFiles, config: ReportConfig) -> dict[str, Any]:
         "categories": _categories(files, ids, both, config),
         "histogram": {name: _histogram(scores.scores.values()) for name, scores in models.items()},
         "samples": _samples(both, config.num_samples),
+        "benchmarks": _benchmarks(files.harness),
         "curves": _curves(files.metrics),
         "data": files.summary,
         "judge": files.judge_summary,
@@ -165,6 +166,20 @@ def _samples(both: BeforeAfter, num: int) -> dict[str, list[str]]:
         "worst": sorted(tuned.scores, key=lambda name: tuned.scores[name])[:num],
         "most_changed": sorted((name for name in both.paired if change[name]), key=lambda n: -abs(change[n]))[:num],
     }
+
+
+def _benchmarks(harness: Mapping[str, Row]) -> list[Row]:
+    """The lm-evaluation-harness's measures, the models side by side: one row a task, metric and filter."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    for model, result in sorted(harness.items(), key=lambda item: ({"base": 0, "tuned": 1}.get(item[0], 2), item[0])):
+        for measure in result["measures"]:
+            key = (measure["task"], measure["metric"], measure["filter"])
+            row = rows.setdefault(key, dict(zip(("task", "metric", "filter"), key, strict=True)) | {"models": {}})
+            row["models"][model] = {
+                name: measure[name] for name in ("value", "standard_error", "num", "num_fewshot", "version")
+            } | {"harness_version": result["harness_version"]}
+            row["higher_is_better"] = measure["higher_is_better"]
+    return list(rows.values())
 
 
 def _curves(metrics: list[Row]) -> dict[str, list[Row]]:

@@ -26,6 +26,9 @@ _DECEPTIVE = re.compile(
     "[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 )
 MAX_CURVE_POINTS = 400
+MAX_MARKDOWN_CHARS = 160
+# Ends that the axis of a difference may have, in points.
+DIFFERENCE_ENDS = (1, 2, 5, 10, 20, 50, 100)
 
 
 def visible(text: str) -> str:
@@ -142,7 +145,6 @@ def render_html(numbers: dict[str, Any], files: RunFiles) -> str:
     """
     models = files.models()
     rows = sample_rows(files, models)
-    by_id = dict(zip(asked_ids(files), rows, strict=True))
     script = _resource("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -151,7 +153,8 @@ def render_html(numbers: dict[str, Any], files: RunFiles) -> str:
         .render(
             **numbers,
             curve_charts=curve_charts(numbers["curves"]),
-            examples={kind: [by_id[name] for name in names] for kind, names in numbers["samples"].items()},
+            difference_chart=difference_chart(numbers["headline"]["difference"]),
+            examples=_examples(numbers, files, rows),
             model_names=models,
             sample_data=script_json({"models": models, "rows": rows}),
             config_text=visible(files.config),
@@ -162,16 +165,25 @@ def render_html(numbers: dict[str, Any], files: RunFiles) -> str:
     )
 
 
-def render_markdown(numbers: dict[str, Any]) -> str:
-    """The summary for a pull request.
+def _examples(numbers: dict[str, Any], files: RunFiles, rows: list[Row]) -> dict[str, list[Row]]:
+    by_id = dict(zip(asked_ids(files), rows, strict=True))
+    return {kind: [by_id[name] for name in names] for kind, names in numbers["samples"].items()}
+
+
+def render_markdown(numbers: dict[str, Any], files: RunFiles) -> str:
+    """The summary for a pull request, with a few answers.
 
     Args:
         numbers: Of report.json.
+        files: The run directory's content, for the answers.
 
     Returns:
         GitHub-flavoured Markdown.
     """
-    return _environment(autoescape=False).from_string(_resource("report.md.j2")).render(**numbers)
+    models = files.models()
+    examples = _examples(numbers, files, sample_rows(files, models))
+    template = _environment(autoescape=False).from_string(_resource("report.md.j2"))
+    return template.render(**numbers, model_names=models, examples=examples)
 
 
 def _resource(name: str) -> str:
@@ -188,6 +200,10 @@ def _environment(*, autoescape: bool) -> Environment:
     )
     environment.filters.update(
         interval=interval_text,
+        signed=signed_text,
+        short=lambda text: (
+            text if len(text) <= MAX_MARKDOWN_CHARS else text[:MAX_MARKDOWN_CHARS] + "\N{HORIZONTAL ELLIPSIS}"
+        ),
         visible=lambda value: visible(str(value)),
         cell=markdown_cell,
         number=number_text,
@@ -230,6 +246,18 @@ def number_text(value: object) -> str:
     return f"{value:.3g}"
 
 
+def signed_text(value: float) -> str:
+    """Such as `+3.2`, or with a real minus sign.
+
+    Args:
+        value: Points.
+
+    Returns:
+        The text, with one digit after the point.
+    """
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
 def duration_text(seconds: float | None) -> str:
     """Such as `42 s`, `3 min 05 s`, `2 h 10 min`.
 
@@ -264,6 +292,27 @@ def flatten(value: object, prefix: str = "") -> list[tuple[str, object]]:
     if isinstance(value, list):
         return [(prefix, json.dumps(value, ensure_ascii=False))]
     return [(prefix, value)]
+
+
+def difference_chart(estimate: dict[str, float | None]) -> dict[str, float] | None:
+    """A difference and its interval on an axis with zero in the middle.
+
+    Args:
+        estimate: mean, low and high, in points.
+
+    Returns:
+        `end`, the axis's right end in points, and `mean`, `low`, `high` as percentages of its width; None without a
+        mean. Without an interval low and high are the mean.
+    """
+    mean = estimate["mean"]
+    if mean is None:
+        return None
+    low = mean if estimate["low"] is None else estimate["low"]
+    high = mean if estimate["high"] is None else estimate["high"]
+    farthest = max(abs(mean), abs(low), abs(high))
+    end = next((end for end in DIFFERENCE_ENDS if end >= farthest), DIFFERENCE_ENDS[-1])
+    at = {name: round(50 + 50 * value / end, 2) for name, value in (("mean", mean), ("low", low), ("high", high))}
+    return {"end": end} | at
 
 
 def curve_charts(curves: dict[str, list[Row]]) -> list[dict[str, Any]]:

@@ -67,11 +67,28 @@
     const keys = new Map(found.map((row) => [row, key(row)]));
     found.sort((a, b) => (keys.get(a) < keys.get(b) ? -1 : keys.get(a) > keys.get(b) ? 1 : a.index - b.index));
     shown = 0;
+    showOrder(byId("sort").value);
     byId("rows").replaceChildren();
     byId("count").textContent = found.length === rows.length
       ? `${rows.length.toLocaleString("en")} prompts`
       : `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} prompts`;
     showMore();
+  }
+  // A column's button goes through the orders that are about it.
+  const columns = [...document.querySelectorAll(".columns button")];
+  const ascending = new Set(["down", "worst", "order"]);
+  function showOrder(order) {
+    for (const button of columns) {
+      const on = button.dataset.orders.split(" ").includes(order);
+      button.classList.toggle("on", on);
+      button.setAttribute("aria-pressed", String(on));
+      button.dataset.arrow = order === "changed" ? "\u2195" : ascending.has(order) ? "\u2191" : "\u2193";
+    }
+  }
+  function nextOrder(button) {
+    const own = button.dataset.orders.split(" ");
+    byId("sort").value = own[(own.indexOf(byId("sort").value) + 1) % own.length];
+    update();
   }
   function showMore() {
     const next = found.slice(shown, shown + PAGE);
@@ -96,11 +113,14 @@
   const figure = (value) => (value === null ? "\u2013" : Number.isInteger(value) ? String(value) : value.toFixed(1));
   const signed = (value) => (value > 0 ? "+" : value < 0 ? "\u2212" : "") + figure(Math.abs(value));
 
+  // One line of a prompt; the heading over an Alpaca row's input is the template's word, not the user's.
+  const title = (prompt) => prompt.slice(0, 600).replace(/\s*^#{2,} *[\w ]{1,30}: *$\s*/gm, " \u00b7 ").replace(/\s+/g, " ").trim().slice(0, 300);
+
   function line(row) {
     const scores = base >= 0 && tuned >= 0
       ? [figure(row.before), " \u2192 ", make("b", "", figure(row.after))]
       : [row.scores.map(figure).join(" / ")];
-    const ask = make("span", "ask", row.p.slice(0, 300) || "(no prompt)");
+    const ask = make("span", "ask", title(row.p) || "(no prompt)");
     ask.dir = "auto";
     const summary = make("summary", "",
       make("span", "", ask, make("span", "meta", [row.i, row.c].filter(Boolean).join(" \u00b7 "))),
@@ -185,6 +205,7 @@
   }
   byId("search").addEventListener("input", update);
   for (const id of ["category", "outcome", "sort"]) byId(id).addEventListener("change", update);
+  for (const button of columns) button.addEventListener("click", () => nextOrder(button));
   byId("more").addEventListener("click", showMore);
   window.addEventListener("beforeprint", () => {
     for (const element of document.querySelectorAll("#setup details")) element.open = true;

@@ -18,7 +18,7 @@ class RunFiles:
     """Everything the report is made from; an absent file leaves its part empty and a line in `missing`.
 
     `test` maps id to row; `responses` maps model and then (id, sample) to row; `verdicts` maps model and then
-    (id, sample, repeat) to row.
+    (id, sample, repeat) to row; `harness` maps model to what the lm-evaluation-harness measured of it.
     """
 
     run_dir: Path
@@ -28,6 +28,7 @@ class RunFiles:
     metrics: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
     judge_summary: Row = field(default_factory=dict)
+    harness: dict[str, Row] = field(default_factory=dict)
     records: dict[str, Row] = field(default_factory=dict)
     config: str = ""
     missing: list[str] = field(default_factory=list)
@@ -92,6 +93,8 @@ def read_run(run_dir: Path) -> RunFiles:
         files.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     if (run_dir / "judge/summary.json").exists():  # only some judges write one
         files.judge_summary = read_json(run_dir / "judge/summary.json")
+    for path in sorted((run_dir / "lm_eval").glob("*.json")):  # only where it was asked for
+        files.harness[path.stem] = read_json(path)
     for stage in STAGES[:-1]:
         if present(f"{stage}.record.json"):
             files.records[stage] = read_json(run_dir / f"{stage}.record.json")

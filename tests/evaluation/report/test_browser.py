@@ -179,6 +179,44 @@ def test_the_policy_stops_a_script_that_got_in_after_all(page):
     assert any("Content Security Policy" in trouble for trouble in page.trouble)
 
 
+def test_columns_sort_by_keyboard_and_stay_in_sight(page):
+    difference = page.locator(".columns button", has_text="Difference")
+    difference.focus()
+    page.keyboard.press("Enter")  # from the most changed on to the largest gain
+    assert page.locator("#sort").input_value() == "up"
+    assert difference.get_attribute("aria-pressed") == "true"
+    page.keyboard.press("Enter")
+    down = changes(page)
+    assert page.locator("#sort").input_value() == "down" and down == sorted(down)
+    page.locator("#rows details").nth(20).scroll_into_view_if_needed()
+    page.mouse.wheel(0, 400)
+    page.wait_for_function("document.querySelector('.columns').getBoundingClientRect().top < 70")
+    assert page.locator("#search").is_visible() and difference.is_visible()
+
+
+def test_titles_leave_the_templates_words_out(browser, tmp_path):
+    run = make_run(tmp_path / "run", num_rows=3)
+    path = run / "data/test.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[0]["messages"][0]["content"] = "Sort the words.\n\n### Input:\npear apple"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_report(ReportConfig(bootstrap_samples=100), run)
+    page = browser.new_page()
+    page.goto((run / "report.html").as_uri())
+    page.select_option("#sort", "order")
+    assert page.locator("#rows .ask").first.inner_text() == "Sort the words. \u00b7 pear apple"
+    page.close()
+
+
+@pytest.mark.parametrize("width", [320, 360, 768])
+def test_nothing_is_wider_than_the_screen(browser, report, width):
+    page = browser.new_page(viewport={"width": width, "height": 780})
+    page.goto(report.as_uri())
+    open_first(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
 def test_curves_switch_their_axis(page):
     assert page.locator(".plot.step").first.is_visible()
     page.locator("label[for=axis-total_tokens]").click()

@@ -12,7 +12,7 @@ from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
 from evaluation.report import build
 from evaluation.report.build import write_report
-from evaluation.report.page import markdown_cell, script_json, visible
+from evaluation.report.page import difference_chart, markdown_cell, script_json, visible
 from evaluation.report.scores import gather_scores
 
 _synthetic = runpy.run_path(str(Path(__file__).parent / "synthetic.py"))
@@ -355,3 +355,77 @@ def test_training_on_the_test_set_is_told(tmp_path, policy, is_told):
         problem for problem in report_of(tmp_path)["problems"] if "2 test rows stand in the training data" in problem
     ]
     assert bool(told) == is_told
+
+
+def test_what_the_test_set_can_find_is_said_plainly(tmp_path):
+    make_run(tmp_path, num_rows=60)
+    comparison = report_of(tmp_path)["comparison"]
+    points = comparison["minimal_detectable_difference"]
+    assert (
+        f"With 60 prompts a true difference of {points:.1f} points is found four times out of five; a smaller one is "
+        "easily missed."
+    ) in comparison["words"]
+
+
+def test_markdown_counts_cut_answers_and_shows_a_few(tmp_path):
+    make_run(tmp_path, num_rows=60)
+    report = report_of(tmp_path)
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    tuned = next(line for line in lines if line.startswith("| tuned |"))
+    assert tuned.endswith(f"| {report['models']['tuned']['num_cut']} |") and report["models"]["tuned"]["num_cut"] == 1
+    shown = [line for line in lines if line.startswith("| Question ")]
+    assert len(shown) == 6  # three most changed, three worst
+    first = int(report["samples"]["most_changed"][0][-5:])
+    assert shown[0].startswith(f"| Question {first}: ")
+
+
+@pytest.mark.parametrize(
+    ("estimate", "expected"),
+    [
+        ({"mean": 3.0, "low": -1.0, "high": 7.0}, {"end": 10, "mean": 65, "low": 45, "high": 85}),
+        ({"mean": -60.0, "low": None, "high": None}, {"end": 100, "mean": 20, "low": 20, "high": 20}),
+        ({"mean": None, "low": None, "high": None}, None),
+    ],
+)
+def test_a_difference_is_drawn_around_zero(estimate, expected):
+    assert difference_chart(estimate) == expected
+
+
+def harness_file(run, model, value):
+    measure = {
+        "task": "capitals_<b>",
+        "version": 1.0,
+        "num_fewshot": 0,
+        "num": 40,
+        "metric": "acc",
+        "filter": "none",
+        "value": value,
+        "standard_error": 0.05,
+        "higher_is_better": True,
+    }
+    (run / "lm_eval").mkdir(exist_ok=True)
+    result = {"model": model, "harness_version": "0.4.13", "settings": {}, "measures": [measure], "key": "k"}
+    (run / f"lm_eval/{model}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def test_benchmarks_stand_side_by_side(tmp_path):
+    make_run(tmp_path, num_rows=20)
+    harness_file(tmp_path, "tuned", 0.875)
+    harness_file(tmp_path, "base", 0.5)
+    report = report_of(tmp_path)
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(report)) == []
+    (row,) = report["benchmarks"]
+    assert list(row["models"]) == ["base", "tuned"]
+    assert row["models"]["tuned"] == {
+        "value": 0.875,
+        "standard_error": 0.05,
+        "num": 40,
+        "num_fewshot": 0,
+        "version": 1.0,
+        "harness_version": "0.4.13",
+    }
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "+0.375" in page and "capitals_&lt;b&gt;" in page and "lm-evaluation-harness 0.4.13" in page
+    assert "| capitals\\_&lt;b&gt; | acc | 40 | tuned | 0.875 | 0.05 |" in (tmp_path / "report.md").read_text(
+        encoding="utf-8"
+    )
