@@ -171,7 +171,7 @@ def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Memory:
         Bytes by part.
     """
     training, stage = config.training, config.deepspeed.stage
-    element = 2 if training.precision == "bf16" else 4
+    element = 4 if training.precision == "fp32" else 2
     trained = trained_weights(config, shape)
     frozen = shape.num_weights - trained if config.tuning.method in ("full", "freeze") else shape.num_weights
     frozen_bytes = int(frozen * (0.55 if isinstance(config.tuning, QloraTuning) else element))
@@ -261,7 +261,7 @@ def traffic_of(config: RunConfig, shape: Shape) -> Traffic:
         The bytes.
     """
     training, stage = config.training, config.deepspeed.stage
-    element = 2 if training.precision == "bf16" else 4
+    element = 4 if training.precision == "fp32" else 2
     trained = trained_weights(config, shape)
     ring = (training.num_workers - 1) / training.num_workers
     accumulation = training.global_batch_size // (training.num_workers * training.micro_batch_size)

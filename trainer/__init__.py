@@ -1,1 +1,18 @@
 """Instructions in, tuned model out: one rank's work, which knows nothing of Ray or Slurm."""
+
+import logging
+
+EXPECTED = (
+    "Failed to load CPU gemm_4bit_forward from kernels-community",  # bitsandbytes: an inference kernel, from the hub
+    "Setting accelerator to CPU",  # DeepSpeed, on every machine without a GPU; `plan` and the record name the device
+)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a library's line tells a person anything; those of EXPECTED come at every start on a CPU."""
+    message = record.getMessage()
+    return not any(part in message for part in EXPECTED)
+
+
+for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
+    logging.getLogger(name).addFilter(is_news)

@@ -175,6 +175,11 @@ class DataConfig(Section):
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="What happens to a row that cannot be used; skipped ones go to data/rejected.jsonl."
     )
+    special_tokens: Literal["refuse", "as_text"] = Field(
+        "refuse",
+        description="What happens to a row whose text spells a special token such as <|im_end|>: it is a bad row, or "
+        "its letters are tokenized as ordinary text. It never becomes a control token.",
+    )
     leaks: Literal["warn", "drop", "fail"] = Field(
         "warn", description="What happens to train rows that the test rows repeat: told, dropped, or the stage fails."
     )
@@ -297,7 +302,17 @@ class TrainingConfig(Section):
 
     num_workers: int = Field(1, ge=1, description="Ranks, one process each; one GPU each on a GPU cluster.")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="Number format of weights and activations.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16",
+        description="Number format of weights and activations; fp16 is for GPUs that have no bf16.",
+    )
+    loss_scale_power: int = Field(
+        16, ge=0, le=32, description="With fp16 the loss is scaled by 2 to this at first; an overflow halves the scale."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw",
+        description="AdamW; bitsandbytes' hold moments in 8 bits, or page them out of a full GPU.",
+    )
     num_epochs: float = Field(1.0, gt=0, description="Passes over the train split; max_steps may end it sooner.")
     max_steps: int | None = Field(None, ge=1, description="Most optimizer steps; null means what num_epochs gives.")
     global_batch_size: int = Field(8, ge=1, description="Sequences (packs) in one optimizer step, over all ranks.")
@@ -315,6 +330,9 @@ class TrainingConfig(Section):
         2**28,
         ge=2**10,
         description="Most memory of one chunk of the loss's fp32 logits, in bytes; more chunks save memory.",
+    )
+    liger_kernels: bool = Field(
+        False, description="Norms, rotary embedding and gated MLP by Liger's kernels (extra liger); GPUs only."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
     early_stopping: EarlyStopping | None = Field(
@@ -365,13 +383,15 @@ class DeepSpeedConfig(Section):
     stage: Literal[0, 1, 2, 3] = Field(
         2, description="ZeRO stage: 1 cuts optimizer states over ranks, 2 gradients too, 3 weights too."
     )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="Where optimizer states and master weights lie when a GPU can't hold them; stage 1 or more."
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="Where optimizer states and master weights lie when a GPU can't hold them: cpu needs stage 1 or "
+        "more, nvme stage 3.",
     )
     offload_parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where the weights lie until a layer needs them; stage 3."
     )
-    nvme_path: Path | None = Field(None, description="Folder on a local NVMe disk, for offload_parameters: nvme.")
+    nvme_path: Path | None = Field(None, description="Folder on a local NVMe disk, for what is offloaded to nvme.")
     bucket_elements: int = Field(
         200_000_000,
         ge=1000,
@@ -386,9 +406,13 @@ class DeepSpeedConfig(Section):
         if self.offload_parameters != "none" and self.stage != 3:
             raise ValueError(f"offload_parameters needs stage 3, which cuts the weights; stage is {self.stage}")
         if self.offload_parameters != "none" and self.offload_optimizer == "none":
-            raise ValueError("offload_parameters needs offload_optimizer: cpu, which holds the weights' fp32 masters")
-        if (self.offload_parameters == "nvme") != (self.nvme_path is not None):
-            raise ValueError("nvme_path and offload_parameters: nvme go together")
+            raise ValueError(
+                "offload_parameters needs offload_optimizer: cpu or nvme, which holds the weights' fp32 masters"
+            )
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError(f"offload_optimizer: nvme needs stage 3; stage is {self.stage}: use it, or cpu")
+        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
+            raise ValueError("nvme_path and offloading to nvme go together")
         return self
 
 
@@ -418,6 +442,16 @@ class TrainerConfig(Section):
             raise ValueError(
                 "tuning.method prompt puts its vectors in front of a sequence, so a sequence must hold one row: "
                 "set data.packing to false"
+            )
+        if self.training.precision == "fp16" and self.deepspeed.stage == 0:
+            raise ValueError(
+                "training.precision fp16 does not work with deepspeed.stage 0, where DeepSpeed divides gradients by a "
+                "scale that the loss was not multiplied by: use stage 1"
+            )
+        if self.training.optimizer != "adamw" and self.deepspeed.offload_optimizer != "none":
+            raise ValueError(
+                f"training.optimizer {self.training.optimizer} does not work with deepspeed.offload_optimizer, which "
+                "runs DeepSpeed's own AdamW beside the states: use adamw"
             )
         if isinstance(self.tuning, QloraTuning) and self.deepspeed.stage == 3:
             raise ValueError(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer2State
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -160,7 +161,64 @@ def num_optimizer_steps(engine: DeepSpeedEngine) -> int:
         The count. FusedAdam counts on the last of its tensors only, hence the largest.
     """
     states = engine.basic_optimizer.state.values()
-    return max((int(state["step"]) for state in states if "exp_avg" in state), default=0)
+    return max((int(state["step"]) for state in states if "exp_avg" in state or "state1" in state), default=0)
+
+
+def has_own_moments(engine: DeepSpeedEngine) -> bool:
+    """Whether the moments lie in bitsandbytes' blocks, which no other layout can take over; see `own_moments`."""
+    return isinstance(engine.basic_optimizer, Optimizer2State)
+
+
+def own_moments(engine: DeepSpeedEngine, here: list[Fragment]) -> dict[str, torch.Tensor]:
+    """bitsandbytes' moments as they are: 8-bit numbers and the scales of their blocks, or fp32.
+
+    A block of 256 numbers shares a scale, and the blocks follow each other in the tensor that this rank updates. So
+    they are kept by tensor, and fit a run of the same layout alone.
+
+    Args:
+        engine: An engine with one of bitsandbytes' optimizers.
+        here: Its fragments.
+
+    Returns:
+        `<number of the tensor>/<state1, state2, absmax1 or absmax2>` to live tensor; empty before the first step.
+    """
+    state = engine.basic_optimizer.state
+    names = ("state1", "state2", "absmax1", "absmax2")
+    return {
+        f"{number}/{name}": state[master][name]
+        for number, master in enumerate(_masters(here))
+        for name in names
+        if name in state[master]
+    }
+
+
+def load_own_moments(engine: DeepSpeedEngine, moments: dict[str, torch.Tensor], num_steps: int) -> None:
+    """Give a fresh engine what `own_moments` returned for another of the same layout, after its weights are loaded.
+
+    Args:
+        engine: A fresh engine with the same optimizer, stage, world size and parameters.
+        moments: By number of the tensor and name.
+        num_steps: The optimizer's count of its steps.
+    """
+    optimizer = engine.basic_optimizer
+    optimizer.state.clear()
+    for number, master in enumerate(_masters(fragments(engine)) if num_steps else ()):
+        state = {"step": num_steps}
+        for name in ("state1", "state2"):
+            stored = moments[f"{number}/{name}"]
+            state[name] = optimizer.get_state_buffer(master, dtype=stored.dtype)  # paged, where the optimizer pages
+            state[name].copy_(stored)
+            if stored.dtype == torch.uint8:
+                order = name[-1]
+                optimizer.name2qmap |= {key: qmap.to(master.device) for key, qmap in optimizer.name2qmap.items()}
+                state[f"absmax{order}"] = moments[f"{number}/absmax{order}"].to(master.device)
+                state[f"qmap{order}"] = optimizer.name2qmap["dynamic" if order == "1" else "udynamic"]
+        optimizer.state[master] = state
+
+
+def _masters(here: list[Fragment]) -> list[torch.Tensor]:
+    """The tensors that the optimizer updates, each once, in the order of the parameters."""
+    return list({id(fragment.master): fragment.master for fragment in here}.values())
 
 
 def prepare_moments(engine: DeepSpeedEngine, here: list[Fragment], num_steps: int) -> None:
@@ -175,7 +233,7 @@ def prepare_moments(engine: DeepSpeedEngine, here: list[Fragment], num_steps: in
     optimizer.state.clear()
     if num_steps == 0:
         return
-    for master in {id(fragment.master): fragment.master for fragment in here}.values():
+    for master in _masters(here):
         step: int | torch.Tensor = num_steps
         if isinstance(optimizer, torch.optim.Adam):  # AdamW too; torch counts in a float tensor
             on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
@@ -196,12 +254,13 @@ def load(engine: DeepSpeedEngine, read: Read, num_steps: int) -> None:
     Args:
         engine: A fresh engine over the same parameters.
         read: Where the elements come from.
-        num_steps: Adam's own count of its steps.
+        num_steps: Adam's own count of its steps; of bitsandbytes' moments only the weights are loaded here.
     """
     here = fragments(engine)
-    prepare_moments(engine, here, num_steps)
+    kinds = KINDS if num_steps and not has_own_moments(engine) else KINDS[:1]
+    prepare_moments(engine, here, num_steps if len(kinds) > 1 else 0)
     for fragment in here:
-        for kind in KINDS if num_steps else KINDS[:1]:
+        for kind in kinds:
             view(engine, fragment, kind).copy_(read(kind, fragment.name, fragment.start, fragment.numel))
     if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         for name, parameter in trainable(engine).items():  # the forward pass's weights, rounded as a step rounds them

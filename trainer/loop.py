@@ -19,6 +19,7 @@ from trainer.errors import Preempted, TrainerError
 from trainer.failures import Skip, StepGuard, Stop, after_nonfinite
 from trainer.flops import Arithmetic
 from trainer.loss import gradient_scale
+from trainer.loss_scale import SMALLEST, LossScale
 from trainer.metrics import StepTrace, memory_bytes, traced
 from trainer.stopping import stop_requested
 
@@ -104,6 +105,7 @@ class StepOutcome:
         wait_s: Seconds that this rank waited for data.
         refused: Why the step was not taken; None when it was.
         suspects: This rank's micro-batches whose own loss is not finite.
+        overflowed: Whether it was refused because the gradient overflowed fp16 at a loss scale that can be lowered.
         stop: Whether a rank was asked to stop.
         gradient_norm: Of the whole gradient before clipping; None where the step was refused.
     """
@@ -112,6 +114,7 @@ class StepOutcome:
     wait_s: float
     refused: str | None
     suspects: list[int]
+    overflowed: bool
     stop: bool
     gradient_norm: float | None
 
@@ -123,6 +126,7 @@ def optimizer_step(
     found: Found,
     guard: StepGuard,
     beat: Callable[[], None] = lambda: None,
+    loss_scale: LossScale | None = None,
 ) -> StepOutcome:
     """Forward, backward and update of one step.
 
@@ -133,12 +137,15 @@ def optimizer_step(
         found: Rank, world and device.
         guard: Takes the step, or refuses it where a number is not finite.
         beat: Called before each micro-batch.
+        loss_scale: What DeepSpeed multiplies the loss by, in fp16.
 
     Returns:
         The step's outcome, equal on every rank but for its wait and its suspects.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    if loss_scale is not None:
+        engine.optimizer.loss_scaler.cur_scale = loss_scale.value
     scale = gradient_scale(batch.num_target_tokens, found.world_size)
     losses: list[torch.Tensor] = []
     wait_s = 0.0
@@ -159,7 +166,9 @@ def optimizer_step(
     refused = guard.take_step(total)
     suspects = (~each.isfinite()).nonzero().flatten().tolist() if refused else []
     norm = engine.get_global_grad_norm() if unsharded is None else unsharded
-    return StepOutcome(total, wait_s, refused, suspects, stop > 0, None if norm is None else float(norm))
+    can_be_lowered = loss_scale is not None and loss_scale.value > SMALLEST
+    overflowed = refused is not None and math.isfinite(total) and can_be_lowered
+    return StepOutcome(total, wait_s, refused, suspects, overflowed, stop > 0, None if norm is None else float(norm))
 
 
 def unsharded_norm(engine: Any) -> float | None:  # noqa: ANN401
@@ -316,27 +325,78 @@ def one_step(run: Run, progress: checkpoint.Progress) -> tuple[checkpoint.Progre
         TrainerError: The loss or the gradient is not finite and training.on_nonfinite allows no (further) skip.
     """
     began = time.perf_counter()
-    batch = run.train_batches.step(progress.epoch, progress.step_in_epoch)
-    lr = learning_rate(progress.step + 1, run.max_steps, run.config)
-    outcome = optimizer_step(run.engine, batch, lr, run.found, run.guard, lambda: run.beat(progress.step))
-    step_s = time.perf_counter() - began
-    steps_per_epoch = run.train_batches.steps_per_epoch
     step = progress.step + 1
+    batch = run.train_batches.step(progress.epoch, progress.step_in_epoch)
+    lr = learning_rate(step, run.max_steps, run.config)
+    outcome, scale = scaled_step(run, progress, batch, lr)
+    step_s = time.perf_counter() - began
     if outcome.refused:
         skipped_step(run, progress, batch, outcome)
     after = checkpoint.Progress(
         step,
-        *divmod(step, steps_per_epoch),
+        *divmod(step, run.train_batches.steps_per_epoch),
         total_tokens=progress.total_tokens + (0 if outcome.refused else batch.num_tokens),
         num_skipped=progress.num_skipped + (1 if outcome.refused else 0),
+        loss_scale=scale and scale.after_step(),
     )
-    if outcome.refused:
-        return after, outcome.stop
+    if not outcome.refused:
+        run.tell(train_row(run, after, batch, outcome, lr=lr, step_s=step_s, scale=scale))
+    return after, outcome.stop
+
+
+def scaled_step(
+    run: Run, progress: checkpoint.Progress, batch: StepBatches, lr: float
+) -> tuple[StepOutcome, LossScale | None]:
+    """Take a step, in fp16 at the largest loss scale at which its gradient does not overflow: no batch is left out.
+
+    Args:
+        run: What is trained.
+        progress: The position of the step, and the loss scale to begin with.
+        batch: Its micro-batches, which can be read again.
+        lr: Its learning rate.
+
+    Returns:
+        The last attempt's outcome, and the scale it was made at.
+    """
+    scale = progress.loss_scale
+    while True:
+        outcome = optimizer_step(
+            run.engine, batch, lr, run.found, run.guard, lambda: run.beat(progress.step), loss_scale=scale
+        )
+        if scale is None or not outcome.overflowed:
+            return outcome, scale
+        scale = scale.after_overflow()
+
+
+def train_row(
+    run: Run,
+    after: checkpoint.Progress,
+    batch: StepBatches,
+    outcome: StepOutcome,
+    *,
+    lr: float,
+    step_s: float,
+    scale: LossScale | None,
+) -> dict[str, Any]:
+    """The row of metrics.jsonl of a step that was taken.
+
+    Args:
+        run: What is trained.
+        after: The position behind the step.
+        batch: What was trained on.
+        outcome: Loss, gradient norm and wait.
+        lr: Its learning rate.
+        step_s: Its time, in seconds.
+        scale: Its loss scale, in fp16.
+
+    Returns:
+        JSON-able; times in seconds, sizes in bytes, losses in nats a token.
+    """
     row = {
         "kind": "train",
-        "step": step,
+        "step": after.step,
         "max_steps": run.max_steps,
-        "epoch": step / steps_per_epoch,
+        "epoch": after.step / run.train_batches.steps_per_epoch,
         "loss": outcome.summed_loss / max(1, batch.num_target_tokens),
         "lr": lr,
         "grad_norm": outcome.gradient_norm,
@@ -350,8 +410,7 @@ def one_step(run: Run, progress: checkpoint.Progress) -> tuple[checkpoint.Progre
         "memory_bytes": memory_bytes(run.found.device),
         "mfu": run.arithmetic.utilisation(batch.num_tokens, squared_lengths(batch, run.found), step_s),
     }
-    run.tell(row)
-    return after, outcome.stop
+    return row if scale is None else row | {"loss_scale": scale.value, "num_overflows": scale.num_overflows}
 
 
 def squared_lengths(batch: StepBatches, found: Found) -> float:

@@ -10,9 +10,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 from trainer.attention import PACKED_SDPA, PACKED_VARLEN, boundaries, register
 from trainer.config import ModelConfig
+from trainer.devices import attention_problems
 from trainer.errors import TrainerError
 from trainer.loss import summed_loss
 
@@ -49,10 +51,8 @@ def attention_backend(
     Raises:
         TrainerError: The backend can't train on this device.
     """
-    if device.type == "cpu" and config.attention.startswith("flex"):
-        raise TrainerError("model.attention: flex_attention has no backward pass on CPUs: take auto, sdpa or eager")
-    if device.type == "cpu" and config.attention.startswith("flash"):
-        raise TrainerError(f"model.attention: {config.attention} needs a GPU: take auto, sdpa or eager")
+    if device.type == "cpu" and (problems := attention_problems(config.attention)):
+        raise TrainerError(problems[0])
     if config.attention != "auto":
         return config.attention
     text = base.get_text_config()
@@ -106,6 +106,24 @@ def load_base(
         raise TrainerError(f"the base model {place} can't be loaded: {error}") from error
     model.config.use_cache = False
     return cast(PreTrainedModel, model.train())
+
+
+def use_liger_kernels(model: PreTrainedModel) -> None:
+    """Compute norms, rotary embedding and gated MLP by Liger's Triton kernels (arXiv:2410.10989), on GPUs.
+
+    Its cross-entropy is left out: trainer.loss skips prompts and never holds all logits either.
+
+    Args:
+        model: Changed in place.
+
+    Raises:
+        TrainerError: There are none for this architecture.
+    """
+    from liger_kernel.transformers import monkey_patch  # an extra, for CUDA only
+
+    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise TrainerError(f"training.liger_kernels: there are none for {model.config.model_type}: leave it false")
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def causal_lm(model: torch.nn.Module) -> Any:  # noqa: ANN401 - every architecture has its own class

@@ -142,5 +142,12 @@ class StoredTensors:
 
     def generators(self, rank: int) -> dict[str, torch.Tensor]:
         """The generators' states of one rank."""
+        return self._of_rank(rank, "generator/")
+
+    def own_moments(self, rank: int) -> dict[str, torch.Tensor]:
+        """The moments that one rank's optimizer kept in a form of its own, by `<number of the tensor>/<name>`."""
+        return {key.removeprefix("moments/"): tensor for key, tensor in self._of_rank(rank, "moments/").items()}
+
+    def _of_rank(self, rank: int, prefix: str) -> dict[str, torch.Tensor]:
         file = self._files[f"rank-{rank}.safetensors"]
-        return {key: file.get_tensor(key) for key in file.keys() if key.startswith("generator/")}  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import nn
@@ -193,11 +194,11 @@ def optimizer_for(model: nn.Module, config: TrainingConfig, *, offloaded: bool =
 
     Args:
         model: With requires_grad set on what is trained.
-        config: Decay, betas, epsilon; the learning rate is set anew before each step.
+        config: Which implementation, decay, betas, epsilon.
         offloaded: Whether its states lie in the CPU's memory beside a GPU: DeepSpeed's vectorised AdamW runs there.
 
     Returns:
-        The optimizer.
+        The optimizer, with a learning rate of 0: the loop sets it anew before each step.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Under ZeRO-3 a parameter lies flat and cut; ds_shape is the shape it stands for.
@@ -209,7 +210,15 @@ def optimizer_for(model: nn.Module, config: TrainingConfig, *, offloaded: bool =
         {"params": others, "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
-    betas = (config.adam_beta1, config.adam_beta2)
-    if offloaded:
-        return DeepSpeedCPUAdam(filled, lr=config.lr, betas=betas, eps=config.adam_eps, adamw_mode=True)
-    return torch.optim.AdamW(filled, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    numbers: dict[str, Any] = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    match config.optimizer:
+        case "adamw" if offloaded:
+            return DeepSpeedCPUAdam(filled, **numbers, adamw_mode=True)
+        case "adamw":
+            return torch.optim.AdamW(filled, **numbers, fused=True)
+        case "adamw_8bit":  # block-wise quantised moments (arXiv:2110.02861)
+            return AdamW8bit(filled, **numbers)
+        case "paged_adamw_8bit":
+            return PagedAdamW8bit(filled, **numbers)
+        case "paged_adamw_32bit":
+            return PagedAdamW32bit(filled, **numbers)

@@ -15,6 +15,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +32,26 @@ from transformers.integrations import HfDeepSpeedConfig
 from trainer import checkpoint
 from trainer.attempt import Attempt
 from trainer.base_files import base_digests
-from trainer.config import TrainerConfig, load_trainer_config
+from trainer.config import TrainerConfig, TrainingConfig, load_trainer_config
 from trainer.data.batches import Batches
 from trainer.data.shards import PackedSplit
-from trainer.errors import Preempted
+from trainer.devices import device_problems
+from trainer.errors import Preempted, TrainerError
 from trainer.failures import StepGuard, Watchdog, this_process
 from trainer.flops import arithmetic_of
 from trainer.isolation import prove_forward, prove_isolation
 from trainer.loop import Found, Run
 from trainer.loop import train as run_loop
 from trainer.loss import num_loss_chunks
+from trainer.loss_scale import LossScale
 from trainer.metrics import METRICS, StepTrace, append, cut_after, validation_losses
-from trainer.model import base_folder, causal_lm, load_base, return_the_loss
+from trainer.model import base_folder, causal_lm, load_base, return_the_loss, use_liger_kernels
 from trainer.stopping import RESUME_ME, clear_stop, stop_on_signals
 from trainer.trackers import log_row, open_trackers
 from trainer.tuning import apply_tuning, optimizer_for, parameter_counts, quantization
 from trainer.zero import deepspeed_dict
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def train(
@@ -70,69 +74,130 @@ def train(
     began = time.perf_counter()
     found = join(config, run_dir)
     engine = build_engine(config, found)
-    arithmetic = arithmetic_of(engine.module, found.device, DTYPES[config.training.precision], found.world_size)
     attempt = Attempt.begin(run_dir) if found.rank == 0 else None
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
     base = base_digests(config.model, run_dir, weights=frozen) if found.rank == 0 else None
+    arithmetic = arithmetic_of(engine.module, found.device, DTYPES[config.training.precision], found.world_size)
     # The last thing before the loop that draws random numbers: from here on the generators are the interrupted run's.
     progress = checkpoint.restore(engine, run_dir, base) or checkpoint.Progress(0, 0, 0, 0)
+    progress = replace(progress, loss_scale=first_loss_scale(config.training, progress.loss_scale))
     losses = earlier_losses(progress.step, found)
-    trackers = open_trackers(config, run_dir) if found.rank == 0 else []
-
-    def tell(row: dict[str, Any]) -> None:
-        if attempt is not None:
-            attempt.check()  # each step's row comes before its checkpoint
-            append(run_dir / METRICS, row)
-        log_row(trackers, row)
-        if on_step is not None:
-            on_step(row)
-
-    peers: list[Any] = [None] * found.world_size
-    dist.all_gather_object(peers, this_process(found.rank))
-    with Watchdog(run_dir, found.rank, peers, config.training.hang_timeout_s) as watchdog:
+    with ExitStack() as closing:
+        tell = teller(config, found, attempt, on_step, closing)
         run = Run(
             engine=engine,
             config=config.training,
-            train_batches=batches_of(config, found, "train", config.training.global_batch_size),
-            validation_batches=batches_of(
-                config, found, "validation", config.training.micro_batch_size * found.world_size
-            ),
+            train_batches=batches_of(config, found, "train"),
+            validation_batches=batches_of(config, found, "validation"),
             found=found,
             tell=tell,
             guard=StepGuard(engine),
             validation_losses=losses,
             arithmetic=arithmetic,
             trace=StepTrace(run_dir, found.rank),
-            saver=checkpoint.Saver(
-                engine,
-                run_dir,
-                keep=config.training.keep_checkpoints,
-                attempt=attempt,
-                base=base,
-                in_background=config.training.checkpoint_in_background,
-                tell=tell,
-            ),
-            beat=watchdog.beat,
+            saver=saver_of(config.training, engine, found, attempt, base, tell),
+            beat=closing.enter_context(watchdog(config.training, found)).beat,
         )
-        try:
-            end = run_loop(run, progress)
-        finally:
-            run.trace.stop()
-            for tracker in trackers:
-                tracker.close()
-            if found.rank == 0:
-                clear_stop(run_dir)
+        closing.callback(run.trace.stop)
+        end = run_loop(run, progress)
+    return counts(run, progress, end) | {"wall_s": time.perf_counter() - began}
+
+
+def saver_of(
+    training: TrainingConfig,
+    engine: Any,  # noqa: ANN401 - DeepSpeed is not typed
+    found: Found,
+    attempt: Attempt | None,
+    base: dict[str, str] | None,
+    tell: Callable[[dict[str, Any]], None],
+) -> checkpoint.Saver:
+    """What writes this run's checkpoints."""
+    keep, in_background = training.keep_checkpoints, training.checkpoint_in_background
+    return checkpoint.Saver(
+        engine, found.run_dir, keep=keep, attempt=attempt, base=base, in_background=in_background, tell=tell
+    )
+
+
+def first_loss_scale(training: TrainingConfig, restored: LossScale | None) -> LossScale | None:
+    """The loss scale to go on with.
+
+    Args:
+        training: Precision, and the scale of a fresh start.
+        restored: A checkpoint's.
+
+    Returns:
+        None where the precision is not fp16.
+    """
+    if training.precision != "fp16":
+        return None
+    return restored or LossScale(2.0**training.loss_scale_power)
+
+
+def watchdog(training: TrainingConfig, found: Found) -> Watchdog:
+    """What ends this process when the loop stands still; it knows the processes of all ranks."""
+    peers: list[Any] = [None] * found.world_size
+    dist.all_gather_object(peers, this_process(found.rank))
+    return Watchdog(found.run_dir, found.rank, peers, training.hang_timeout_s)
+
+
+def teller(
+    config: TrainerConfig,
+    found: Found,
+    attempt: Attempt | None,
+    on_step: Callable[[dict[str, Any]], None] | None,
+    closing: ExitStack,
+) -> Callable[[dict[str, Any]], None]:
+    """Where rows of the metrics go: metrics.jsonl and trackers from rank 0, and to whoever started the worker.
+
+    Args:
+        config: Which trackers.
+        found: Rank and folder.
+        attempt: Who owns the run, on rank 0.
+        on_step: Gets each row on every rank.
+        closing: Closes the trackers, and forgets a request to stop, when the loop has ended.
+
+    Returns:
+        What takes a row.
+    """
+    trackers = open_trackers(config, found.run_dir) if found.rank == 0 else []
+    if found.rank == 0:
+        closing.callback(clear_stop, found.run_dir)
+    for tracker in trackers:
+        closing.callback(tracker.close)
+
+    def tell(row: dict[str, Any]) -> None:
+        if attempt is not None:
+            attempt.check()  # each step's row comes before its checkpoint
+            append(found.run_dir / METRICS, row)
+        log_row(trackers, row)
+        if on_step is not None:
+            on_step(row)
+
+    return tell
+
+
+def counts(run: Run, begin: checkpoint.Progress, end: checkpoint.Progress) -> dict[str, Any]:
+    """What the stage's record says of the training.
+
+    Args:
+        run: What was trained.
+        begin: Where it went on.
+        end: Where it ended.
+
+    Returns:
+        JSON-able, equal on every rank.
+    """
     return {
         "steps": end.step,
         "max_steps": run.max_steps,
-        "resumed_at_step": progress.step,
+        "resumed_at_step": begin.step,
         "total_tokens": end.total_tokens,
         "skipped_steps": end.num_skipped,
-        "world_size": found.world_size,
-        "device": str(found.device),
-        "attention": causal_lm(engine.module).config._attn_implementation,
-        **parameter_counts(engine.module),
-        "wall_s": time.perf_counter() - began,
+        "loss_scale_overflows": end.loss_scale.num_overflows if end.loss_scale else 0,
+        "world_size": run.found.world_size,
+        "device": str(run.found.device),
+        "attention": causal_lm(run.engine.module).config._attn_implementation,
+        **parameter_counts(run.engine.module),
     }
 
 
@@ -145,13 +210,19 @@ def join(config: TrainerConfig, run_dir: Path) -> Found:
 
     Returns:
         What was found.
+
+    Raises:
+        TrainerError: This machine can't do what is asked.
     """
+    on_gpu = torch.cuda.is_available()
+    if problems := device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu):
+        raise TrainerError("\n".join(problems))
     torch.set_num_threads(config.training.threads_per_worker)
     transformers.utils.logging.disable_progress_bar()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 warns about at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
@@ -193,6 +264,8 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     sharded_loading = HfDeepSpeedConfig(settings) if config.deepspeed.stage == 3 else None
     length = config.data.sequence_length
     base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
+    if config.training.liger_kernels:
+        use_liger_kernels(base)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     seed_generators(config.seed)  # adapters begin alike on every rank
@@ -204,6 +277,7 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     offloaded = config.deepspeed.offload_optimizer != "none"
     optimizer = optimizer_for(model, config.training, offloaded=offloaded)
     engine, *_ = deepspeed.initialize(model=model.to(found.device), optimizer=optimizer, config=settings)
+    engine.basic_optimizer.state.clear()  # ZeRO 0 in bf16 has taken a step already, with gradients of 0 at a rate of 0
     prove_forward(engine.module)
     if config.data.packing:
         prove_isolation(engine.module)
@@ -211,23 +285,25 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     return engine
 
 
-def batches_of(config: TrainerConfig, found: Found, split: str, global_batch_size: int) -> Batches:
-    """This rank's batches of a split.
+def batches_of(config: TrainerConfig, found: Found, split: str) -> Batches:
+    """This rank's batches of a split; a validation step is one forward pass of each rank.
 
     Args:
-        config: Micro-batch size and seed.
+        config: Batch sizes and seed.
         found: Rank, world, folder.
         split: train or validation.
-        global_batch_size: Sequences of all ranks in a step.
 
     Returns:
         The batches.
     """
+    micro_batch_size = config.training.micro_batch_size
     return Batches(
         PackedSplit.open(found.run_dir / "data" / split),
         seed=config.seed,
-        global_batch_size=global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size
+        if split == "train"
+        else micro_batch_size * found.world_size,
+        micro_batch_size=micro_batch_size,
         rank=found.rank,
         world_size=found.world_size,
     )
@@ -255,7 +331,19 @@ def earlier_losses(step: int, found: Found) -> list[float]:
 def print_row(row: dict[str, Any]) -> None:
     """One line for a row of the metrics, from the first rank."""
     if dist.get_rank() == 0:
-        shown = ("kind", "step", "max_steps", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "stalled_s", "write_s", "cause")
+        shown = (
+            "kind",
+            "step",
+            "max_steps",
+            "loss",
+            "lr",
+            "grad_norm",
+            "tokens_per_s",
+            "mfu",
+            "stalled_s",
+            "write_s",
+            "cause",
+        )
         values = {name: row[name] for name in shown if row.get(name) is not None}
         print(
             *(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in values.items()),

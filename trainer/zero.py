@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from trainer.config import DeepSpeedConfig, TrainingConfig
@@ -35,10 +36,27 @@ def deepspeed_dict(training: TrainingConfig, deepspeed: DeepSpeedConfig, world_s
         "gradient_clipping": training.max_grad_norm or 0.0,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": zero_section(deepspeed),
+        **scaling_section(training),
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if training.optimizer != "adamw":
+        ours["zero_allow_untested_optimizer"] = True  # bitsandbytes': untested by DeepSpeed, tested here
     return merged(ours, deepspeed.raw)
+
+
+def scaling_section(training: TrainingConfig) -> dict[str, Any]:
+    """The fp16 part: the first loss scale, static for DeepSpeed because trainer.loss_scale chooses the later ones.
+
+    Args:
+        training: Precision and first loss scale.
+
+    Returns:
+        A JSON-able dictionary, empty for the other precisions.
+    """
+    if training.precision != "fp16":
+        return {}
+    return {"fp16": {"enabled": True, "loss_scale": 2.0**training.loss_scale_power}}
 
 
 def zero_section(deepspeed: DeepSpeedConfig) -> dict[str, Any]:
@@ -57,14 +75,28 @@ def zero_section(deepspeed: DeepSpeedConfig) -> dict[str, Any]:
             "allgather_bucket_size": deepspeed.bucket_elements,
             "contiguous_gradients": True,
         }
-    if deepspeed.offload_optimizer == "cpu":
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    match deepspeed.offload_parameters:
-        case "cpu":
-            section["offload_param"] = {"device": "cpu", "pin_memory": True}
-        case "nvme":
-            section["offload_param"] = {"device": "nvme", "nvme_path": str(deepspeed.nvme_path), "pin_memory": True}
+    section |= offload_section("offload_optimizer", deepspeed.offload_optimizer, deepspeed.nvme_path)
+    section |= offload_section("offload_param", deepspeed.offload_parameters, deepspeed.nvme_path)
     return section
+
+
+def offload_section(name: str, device: str, nvme_path: Path | None) -> dict[str, Any]:
+    """Where one of the two offloaded kinds lies.
+
+    Args:
+        name: offload_optimizer or offload_param.
+        device: none, cpu or nvme.
+        nvme_path: Folder for nvme.
+
+    Returns:
+        A JSON-able dictionary, empty for none.
+    """
+    match device:
+        case "cpu":
+            return {name: {"device": "cpu", "pin_memory": True}}
+        case "nvme":
+            return {name: {"device": "nvme", "nvme_path": str(nvme_path), "pin_memory": True}}
+    return {}
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

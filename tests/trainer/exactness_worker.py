@@ -2,6 +2,9 @@
 
 Started by torchrun: exactness_worker.py FOLDER CASES_JSON. FOLDER holds packed/ and padded/, two run folders of the
 same rows. A case is {"name", "packing", and fields of the training and deepspeed sections}.
+
+fp16 is refused on CPUs, where it is slow and DeepSpeed finds it unsupported on most; PyTorch computes in it all the
+same. So both refusals are lifted here, and the rest is DeepSpeed's and our own fp16, as on a GPU.
 """
 
 import json
@@ -10,12 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import safe_get_full_grad
 
+from trainer import engine_state, worker
 from trainer.config import TrainerConfig
 from trainer.failures import StepGuard
 from trainer.loop import optimizer_step
-from trainer.worker import batches_of, build_engine, join
+from trainer.worker import batches_of, build_engine, first_loss_scale, join
 
 
 def config_of(case, folder, world_size):
@@ -46,14 +51,19 @@ def take_step(case, folder):
         real_step()
 
     engine.step = step
-    batch = batches_of(config, found, "train", config.training.global_batch_size).step(0, 0)
-    summed_loss = optimizer_step(engine, batch, 1e-3, found, StepGuard(engine)).summed_loss
+    batch = batches_of(config, found, "train").step(0, 0)
+    scale = first_loss_scale(config.training, None)
+    outcome = optimizer_step(engine, batch, 1e-3, found, StepGuard(engine), loss_scale=scale)
+    steps = engine_state.num_optimizer_steps(engine)
     engine.destroy()
-    return {"loss": summed_loss / batch.num_target_tokens, "gradients": gradients}
+    loss = outcome.summed_loss / batch.num_target_tokens
+    return {"loss": loss, "gradients": gradients, "norm": outcome.gradient_norm, "steps": steps}
 
 
 def main():
     folder = Path(sys.argv[1])
+    worker.device_problems = lambda *_, **__: []
+    CPU_Accelerator.is_fp16_supported = lambda _: True
     dist.init_process_group("gloo")
     for case in json.loads(sys.argv[2]):
         result = take_step(case, folder)

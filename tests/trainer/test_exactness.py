@@ -52,6 +52,11 @@ CASES = {
         packed(4, name="recomputed", gradient_checkpointing=True),
         packed(4, name="zero-3-recomputed-chunked", stage=3, gradient_checkpointing=True, logits_bytes=65536),
         packed(4, name="chunked", logits_bytes=65536),
+        packed(4, name="bf16-zero-0", stage=0, precision="bf16"),
+        packed(4, name="bf16-zero-3", stage=3, precision="bf16"),
+        packed(4, name="fp16-zero-1", stage=1, precision="fp16"),
+        packed(1, name="fp16-zero-2", stage=2, precision="fp16", loss_scale_power=10),
+        packed(4, name="fp16-zero-3", stage=3, precision="fp16"),
     ],
     4: [packed(4, name="four-ranks"), packed(1, name="four-ranks-accumulate-4"), padded(3, name="four-ranks-padded")],
 }
@@ -98,7 +103,10 @@ def oracle(folder, tiny_base):
     return float(total / num_targets), {name: weight.grad for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", [case["name"] for cases in CASES.values() for case in cases])
+NAMES = [case["name"] for cases in CASES.values() for case in cases]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "16" not in name])
 def test_loss_and_gradients_equal_the_oracle(folder, oracle, name):
     loss, gradients = oracle
     result = torch.load(folder / f"{name}.pt", weights_only=True)
@@ -107,6 +115,24 @@ def test_loss_and_gradients_equal_the_oracle(folder, oracle, name):
     for weight, expected in gradients.items():
         error = (result["gradients"][weight] - expected).norm() / expected.norm()
         assert error < 1e-5, f"{weight}: {error:.2g}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "16" in name])
+def test_in_16_bits_they_equal_it_but_for_rounding(folder, oracle, name):
+    loss, gradients = oracle
+    result = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert result["loss"] == pytest.approx(loss, rel=2e-3)
+    for weight, expected in gradients.items():
+        error = (result["gradients"][weight].float() - expected).norm() / expected.norm()
+        assert error < 0.05, f"{weight}: {error:.2g}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_s_norm_is_told_and_the_optimizer_has_counted_one_step(folder, oracle, name):
+    norm = torch.nn.utils.get_total_norm(list(oracle[1].values())).item()
+    result = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert result["norm"] == pytest.approx(norm, rel=2e-2 if "16" in name else 1e-5)
+    assert result["steps"] == 1
 
 
 def test_some_micro_batches_hold_no_target(folder):

@@ -1,6 +1,7 @@
 """Every tuning method times every ZeRO stage on two ranks: it learns and its export loads, or it is refused."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,11 @@ METHODS = {
 }
 RATES = {"full": 3e-3, "freeze": 1e-2, "lora": 1e-2, "dora": 1e-2, "qlora": 1e-2, "prompt": 1.0}
 REFUSED = [("qlora", 3), ("dora", 3)]
-ALL = [(method, stage) for method in METHODS for stage in range(4) if (method, stage) not in REFUSED]
+# Beside a method, what else changes a cell: "full+fp16" is full tuning in fp16.
+VARIANTS = {"fp16": {"precision": "fp16", "loss_scale_power": 32}, "8bit": {"optimizer": "adamw_8bit"}}
+OF_VARIANTS = [("full+fp16", stage) for stage in (1, 2, 3)] + [("full+8bit", stage) for stage in range(4)]
+OF_VARIANTS += [("qlora+fp16", 2), ("qlora+8bit", 2)]
+ALL = [(method, stage) for method in METHODS for stage in range(4) if (method, stage) not in REFUSED] + OF_VARIANTS
 QUICK = [
     *[("full", stage) for stage in range(4)],
     ("freeze", 2),
@@ -36,12 +41,15 @@ QUICK = [
     ("dora", 2),
     ("qlora", 2),
     ("prompt", 3),
+    ("full+fp16", 2),
+    ("full+8bit", 2),
 ]
 CELLS = [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow) for cell in ALL]
 LEAST_FALL = {"full": 0.5, "freeze": 0.5, "lora": 0.03, "dora": 0.01, "qlora": 0.03, "prompt": 0.002}
 
 
-def values(method, stage):
+def values(cell, stage):
+    method, _, variant = cell.partition("+")
     training = {
         "num_workers": 2,
         "precision": "bf16" if stage % 2 else "fp32",
@@ -52,7 +60,7 @@ def values(method, stage):
         "lr": RATES[method],
         "lr_schedule": "constant",
         "gradient_checkpointing": stage > 1,
-    }
+    } | VARIANTS.get(variant, {})
     return {
         "model": {"from_scratch": {"vocab_size": 300}},
         "data": {"path": "rows.json", "sequence_length": 96, "packing": method != "prompt"},
@@ -110,7 +118,7 @@ def validation_losses(run_dir):
 @pytest.mark.parametrize(("method", "stage"), CELLS)
 def test_the_validation_loss_goes_down(run_dir_of, method, stage):
     first, last = validation_losses(run_dir_of(method, stage))
-    assert last < first - LEAST_FALL[method], (first, last)
+    assert last < first - LEAST_FALL[method.partition("+")[0]], (first, last)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,26 @@ def test_the_validation_loss_goes_down(run_dir_of, method, stage):
 def test_stages_learn_the_same_in_the_same_precision(run_dir_of, method, stages):
     losses = [validation_losses(run_dir_of(method, stage))[-1] for stage in stages]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if stages == (0, 2) else 2e-2)
+
+
+@pytest.mark.parametrize(("method", "stage"), [cell for cell in CELLS if "fp16" in cell.values[0]])
+def test_in_fp16_a_step_that_overflows_is_taken_again_at_a_lower_scale(run_dir_of, method, stage):
+    run_dir = run_dir_of(method, stage)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"train", "validation", "checkpoint"}
+    taken = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in taken] == list(range(1, STEPS + 1))
+    scales = [row["loss_scale"] for row in taken]
+    assert scales == sorted(scales, reverse=True)
+    assert [row["num_overflows"] for row in taken] == [32 - math.log2(scale) for scale in scales]
+    assert 0 < taken[0]["num_overflows"] <= taken[-1]["num_overflows"] < 32
+    assert json.loads((run_dir / "result.json").read_text())["loss_scale_overflows"] == taken[-1]["num_overflows"]
+
+
+@pytest.mark.parametrize("variant", ["fp16", "8bit"])
+def test_a_variant_learns_like_the_plain_cell(run_dir_of, variant):
+    plain, other = (validation_losses(run_dir_of(method, 2))[-1] for method in ("full", f"full+{variant}"))
+    assert other == pytest.approx(plain, rel=0.05)
 
 
 @pytest.mark.slow  # compiles DeepSpeed's CPU optimizer
@@ -143,7 +171,8 @@ def test_offloaded_training_is_the_same_training(tmp_path, run_dir_of, tiny_base
 def test_the_export_loads(run_dir_of, method, stage):
     run_dir = run_dir_of(method, stage)
     export(TrainerConfig.model_validate(values(method, stage)), run_dir)
-    loader = AutoModelForCausalLM if method in ("full", "freeze") else AutoPeftModelForCausalLM
+    whole = method.startswith(("full", "freeze"))
+    loader = AutoModelForCausalLM if whole else AutoPeftModelForCausalLM
     model = loader.from_pretrained(run_dir / "model")
     assert sum(parameter.numel() for parameter in model.parameters()) > 30_000
 
@@ -152,6 +181,7 @@ def test_the_export_loads(run_dir_of, method, stage):
 def test_the_record_says_how_much_is_trained(run_dir_of, method, stage):
     result = json.loads((run_dir_of(method, stage) / "result.json").read_text())
     total, trained = result["num_parameters"], result["num_trained_parameters"]
+    method = method.partition("+")[0]
     # Counted by hand: 37,792 weights of the base, rank 4 in its 14 linear layers, 4 prompt vectors of width 32.
     adapters = 2 * 4 * sum([32 + 32, 32 + 16, 32 + 16, 32 + 32, 32 + 64, 32 + 64, 64 + 32])
     expected = {"full": 37_792, "lora": adapters, "qlora": adapters, "prompt": 4 * 32}
@@ -165,6 +195,21 @@ def test_the_record_says_how_much_is_trained(run_dir_of, method, stage):
 def test_what_does_not_work_is_refused_with_what_to_use_instead(method, stage):
     with pytest.raises(ValidationError, match="use stage 2"):
         TrainerConfig.model_validate(values(method, stage))
+
+
+@pytest.mark.parametrize(
+    ("training", "deepspeed", "message"),
+    [
+        ({"precision": "fp16"}, {"stage": 0}, "use stage 1"),
+        ({"optimizer": "adamw_8bit"}, {"stage": 2, "offload_optimizer": "cpu"}, "use adamw"),
+    ],
+)
+def test_what_deepspeed_can_not_do_is_refused(training, deepspeed, message):
+    content = values("full", 2)
+    content["training"] |= training
+    content["deepspeed"] |= deepspeed
+    with pytest.raises(ValidationError, match=message):
+        TrainerConfig.model_validate(content)
 
 
 def test_a_tuned_prompt_needs_one_row_a_sequence():

@@ -15,11 +15,18 @@ TRAINING = TrainingConfig(global_batch_size=64, micro_batch_size=2)
 CASES = {
     "stage-0-fp32": (TRAINING.model_copy(update={"precision": "fp32", "max_grad_norm": None}), {"stage": 0}, 8),
     "stage-2": (TRAINING, {}, 8),
+    "stage-1-fp16": (TRAINING.model_copy(update={"precision": "fp16", "loss_scale_power": 12}), {"stage": 1}, 2),
+    "stage-2-8-bit": (TRAINING.model_copy(update={"optimizer": "adamw_8bit"}), {}, 8),
     "stage-1-offload": (TRAINING, {"stage": 1, "offload_optimizer": "cpu"}, 4),
     "stage-3-offload-all": (TRAINING, {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, 16),
     "stage-3-nvme": (
         TRAINING,
         {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "nvme", "nvme_path": "/local"},
+        16,
+    ),
+    "stage-3-nvme-all": (
+        TRAINING,
+        {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/local"},
         16,
     ),
     "stage-3-raw": (
@@ -52,7 +59,9 @@ def test_a_batch_that_ranks_can_not_share_is_refused():
     [
         ({"stage": 0, "offload_optimizer": "cpu"}, "needs stage 1 or more"),
         ({"stage": 2, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, "needs stage 3"),
-        ({"stage": 3, "offload_parameters": "cpu"}, "needs offload_optimizer: cpu"),
+        ({"stage": 3, "offload_parameters": "cpu"}, "needs offload_optimizer: cpu or nvme"),
+        ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "/local"}, "nvme needs stage 3; stage is 2"),
+        ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path"),
         ({"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "nvme"}, "nvme_path"),
         ({"nvme_path": "/local"}, "nvme_path"),
     ],

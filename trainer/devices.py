@@ -1,0 +1,73 @@
+"""What a machine can't do of what is asked, told before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
+
+
+def device_problems(
+    model: ModelConfig, training: TrainingConfig, deepspeed: DeepSpeedConfig, *, on_gpu: bool
+) -> list[str]:
+    """What this machine can't do of what is asked.
+
+    Args:
+        model: The model section.
+        training: The training section.
+        deepspeed: The deepspeed section.
+        on_gpu: Whether the workers have GPUs.
+
+    Returns:
+        A line for each; none where all of it can be done.
+    """
+    found = []
+    if deepspeed.nvme_path is not None:
+        found += nvme_problems(deepspeed.nvme_path)
+    if training.liger_kernels and find_spec("liger_kernel") is None:
+        found.append("training.liger_kernels needs liger_kernel, which is not installed: pip install liger-kernel")
+    if on_gpu:
+        return found
+    found += attention_problems(model.attention)
+    if training.precision == "fp16":
+        found.append("training.precision: fp16 is for GPUs; on CPUs take bf16, which needs no loss scale, or fp32")
+    if training.optimizer.startswith("paged"):
+        instead = training.optimizer.removeprefix("paged_").removesuffix("_32bit")
+        found.append(f"training.optimizer: {training.optimizer} moves states out of a GPU; on CPUs take {instead}")
+    if training.liger_kernels:
+        found.append("training.liger_kernels: these kernels are for GPUs; on CPUs leave it false")
+    return found
+
+
+def attention_problems(attention: str) -> list[str]:
+    """Why a backend can't train on CPUs.
+
+    Args:
+        attention: model.attention.
+
+    Returns:
+        One line, or none.
+    """
+    if attention.startswith("flex"):
+        return ["model.attention: flex_attention has no backward pass on CPUs: take auto, sdpa or eager"]
+    if attention.startswith("flash"):
+        return [f"model.attention: {attention} needs a GPU: take auto, sdpa or eager"]
+    return []
+
+
+def nvme_problems(folder: Path) -> list[str]:
+    """Why nothing can be swapped to a folder.
+
+    Args:
+        folder: deepspeed.nvme_path.
+
+    Returns:
+        One line, or none.
+    """
+    if not folder.is_dir():
+        return [f"deepspeed.nvme_path: {folder} is no folder of this machine: make it on a local NVMe disk"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"deepspeed.nvme_path: {folder} can't be written to by this user"]
+    return []
