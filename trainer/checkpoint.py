@@ -161,6 +161,7 @@ class _Writing:
     partial: Path
     content: dict[str, Any]
     num_bytes: int
+    stalled_s: float
     copy_s: float
     file: Future[tuple[sealed.SealedFile, float]]
 
@@ -224,13 +225,15 @@ class Saver:
         num_bytes = sum(_gather(sealed.num_tensor_bytes(tensors)))
         partial = self._make_room(final, num_bytes)
         content = _seal_content(self._engine, progress, validation_loss) | {"base": self._base}
+        copying = time.perf_counter()
         if not wait:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        copy_s = time.perf_counter() - copying
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         file = thread.submit(_timed_write, partial / f"rank-{dist.get_rank()}.safetensors", tensors)
         thread.shutdown(wait=wait)
-        copy_s = 0.0 if wait else time.perf_counter() - began
-        self._writing = _Writing(progress.step, final, partial, content, num_bytes, copy_s, file)
+        stalled_s = time.perf_counter() - began
+        self._writing = _Writing(progress.step, final, partial, content, num_bytes, stalled_s, copy_s, file)
         if wait:
             self.finish()
 
@@ -262,9 +265,9 @@ class Saver:
                 self._attempt.check()
                 sealed.seal(writing.partial, writing.final, writing.content, list(files))
                 _prune(folder, self._keep)
-        row = {"kind": "checkpoint", "step": writing.step, "num_bytes": writing.num_bytes}
-        stalled_s = writing.copy_s + time.perf_counter() - began
-        self._tell(row | {"stalled_s": stalled_s, "copy_s": writing.copy_s, "write_s": max(write_times)})
+        row = {"kind": "checkpoint", "step": writing.step, "num_bytes": writing.num_bytes, "copy_s": writing.copy_s}
+        stalled_s = writing.stalled_s + time.perf_counter() - began
+        self._tell(row | {"write_s": max(write_times), "stalled_s": stalled_s})
 
     def _make_room(self, final: Path, num_bytes: int) -> Path:
         """Rank 0 makes the folder that all write into; its name says whose attempt it is."""

@@ -1,6 +1,6 @@
 """Folders that are either whole or not there: tensor files, their hashes, and a seal written last.
 
-A folder is filled under the name `<name>.partial`. Every file is flushed to disk and hashed while it is written; then
+A folder is filled under a name with `.partial` in it. Every file is flushed to disk and hashed while it is written; then
 comes `seal.json` (what is in the folder, and the size and SHA-256 of every file), then one rename. Whoever finds
 `<name>` with a seal that holds true may trust every byte. Nothing here knows of models, engines or ranks.
 
@@ -96,7 +96,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def seal(partial: Path, final: Path, content: dict[str, Any], files: list[SealedFile]) -> None:
-    """Write the seal into a filled `.partial` folder and give the folder its name.
+    """Write the seal into a filled folder and give the folder its name.
 
     Args:
         partial: The filled folder.

@@ -8,13 +8,21 @@ from launcher.progress import MetricsFollower, describe
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
-    return {"kind": "train", "step": step, "max_steps": 10, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.5} | more
+    numbers = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s_per_device": 1234.5, "mfu": 0.421}
+    sizes = {"memory_bytes": 3 * 2**29, "padding_share": 0.031}
+    return {"kind": "train", "step": step, "max_steps": 10} | numbers | sizes | more
 
 
 def test_a_line_tells_step_loss_rate_speed_and_time_left() -> None:
     line = describe(row(4), steps_per_s=0.001)
-    assert line == "step 4/10  loss 2.5000  lr 1.00e-03  1,234 tokens/s  ETA 1:40:00"
+    assert line == (
+        "step 4/10  loss 2.5000  lr 1.00e-03  grad norm 0.5  1,234 tokens/s a device  MFU 42.1%  1.5 GiB  padding 3.1%  "
+        "ETA 1:40:00"
+    )
+    assert "grad norm" not in describe(row(4, grad_norm=None), None)
     assert describe({"kind": "validation", "step": 4, "loss": 1.25}, None) == "step 4  validation loss 1.2500"
+    saved = {"kind": "checkpoint", "step": 4, "num_bytes": 2_500_000, "write_s": 1.25, "stalled_s": 0.31}
+    assert describe(saved, None) == "step 4  checkpoint: 2.5 MB written in 1.2 s, training waited 0.3 s"
 
 
 def test_only_complete_new_lines_are_read(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def fresh_copy(run_dir, folder):
 
 def assert_same_run(one, other):
     """The same losses in the same order, and the same last checkpoint to the bit, moments and generators included."""
+    assert rows(one, "checkpoint")[-1]["step"] == STEPS
     assert losses(one) == losses(other)
     first, second = tensors(one, STEPS), tensors(other, STEPS)
     assert first.keys() == second.keys()
