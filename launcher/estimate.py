@@ -410,9 +410,21 @@ def describe(
             f"memory     {_gib(memory.total)} for each rank: {_parts(memory)}",
             f"disk       {_gib(traffic.checkpoint)} each checkpoint, up to {config.training.keep_checkpoints + 2} at a "
             f"time; {_gib(traffic.export)} the exported model",
+            *_copies(config, traffic),
             f"network    {_gib(traffic.network)} sent by each rank in an optimizer step",
         ]
     return lines + _steps(config, run_dir, on_gpu=on_gpu, tokens_per_s=tokens_per_s, price=price)
+
+
+def _copies(config: RunConfig, traffic: Traffic) -> list[str]:
+    """What a checkpoint takes of the hosts' memory while it is written."""
+    if not config.training.checkpoint_in_background:
+        return []
+    each = traffic.checkpoint // config.training.num_workers
+    return [
+        f"host       {_gib(each)} of memory for each rank while a checkpoint is written; "
+        "training.checkpoint_in_background: false does without"
+    ]
 
 
 def _steps(
