@@ -158,7 +158,7 @@ class RunCopy:
             state = self._read_state()
             here = read_json(self._run_dir / HERE)
             known = {here["owner"], here["before"]} if here else set()
-            todo = what_to_do(known, state and state["owner"], has_work=bool(_files(self._run_dir)))
+            todo = what_to_do(known, state["owner"] if state else None, has_work=bool(_files(self._run_dir)))
             if state and todo == "refuse":
                 raise ConfigError(
                     f"{self._run_dir} holds a run, and {self._url} the copy of another ({state['host']}, "
@@ -168,7 +168,7 @@ class RunCopy:
                 self._fetch(state, say, replace=todo == "replace")
             elif here:
                 self._pushed = {path: (size, changed) for path, (size, changed) in here["files"].items()}
-            self._before = state and state["owner"]
+            self._before = state["owner"] if state else None
             self._write_state(state["files"] if state else {})
         self._steps = _sealed(self._run_dir)
 

@@ -7,6 +7,7 @@ folder lies on storage that all nodes see; the head leaves its address there, an
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,7 @@ def ray_command(node: Node, head: str, *, is_head: bool, folder: Path) -> list[s
     Returns:
         The command's words.
     """
-    role = (
-        ["--head", f"--port={head.rpartition(':')[2]}", "--include-dashboard=false"]
-        if is_head
-        else [f"--address={head}"]
-    )
+    role = ["--head", f"--port={parted(head)[1]}", "--include-dashboard=false"] if is_head else [f"--address={head}"]
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", *role),
         f"--node-ip-address={node.address}",
@@ -79,6 +76,87 @@ def resources(environment: Mapping[str, str]) -> tuple[int, int]:
     return num_cpus, int(environment.get("SLURM_GPUS_ON_NODE") or len(listed))
 
 
+def joined(host: str, port: int) -> str:
+    """Host and port as one word. Pure.
+
+    >>> joined("10.0.0.1", 6379), joined("fd00::1", 6379)
+    ('10.0.0.1:6379', '[fd00::1]:6379')
+
+    Args:
+        host: an IPv4 or IPv6 address.
+        port: the port.
+
+    Returns:
+        The word; an IPv6 address stands in brackets.
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parted(address: str) -> tuple[str, int]:
+    """The inverse of `joined`. Pure.
+
+    >>> parted("10.0.0.1:6379"), parted("[fd00::1]:6379")
+    (('10.0.0.1', 6379), ('fd00::1', 6379))
+
+    Args:
+        address: host:port, or [host]:port.
+
+    Returns:
+        Host and port.
+    """
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def reachable(entries: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The addresses that other hosts may know. Pure.
+
+    Args:
+        entries: interface and address, of both families.
+
+    Returns:
+        Address to interface, IPv4 first. Loopback is left out, and so is what is valid on one link only: an IPv6
+        address of that kind says nothing without its interface.
+    """
+    found: dict[int, dict[str, str]] = {4: {}, 6: {}}
+    for interface, text in entries:
+        try:
+            address = ipaddress.ip_address(text.partition("%")[0])
+        except ValueError:
+            continue
+        if not address.is_loopback and not (address.version == 6 and address.is_link_local):
+            found[address.version][str(address)] = interface
+    return found[4] | found[6]
+
+
+def own_address(addresses: Mapping[str, str], interface: str | None, candidates: Iterable[str]) -> str:
+    """Which of this host's addresses the cluster uses. Pure.
+
+    Args:
+        addresses: address to interface, as `reachable` returns them.
+        interface: the interface that is asked for, if one is.
+        candidates: addresses by which this host is known, the surest first.
+
+    Returns:
+        The address; an interface's IPv4 address before its IPv6 address.
+
+    Raises:
+        OSError: if there is no such address, or it is not clear which is meant.
+    """
+    if interface is not None:
+        own = next((address for address, name in addresses.items() if name == interface), None)
+        if own is None:
+            raise OSError(f"cluster.slurm.interface = {interface}: no address there; there are {dict(addresses)}")
+        return own
+    for address in (*candidates, *(addresses if len(addresses) == 1 else ())):
+        if address in addresses:
+            return address
+    raise OSError(
+        f"which of these addresses do other nodes reach? Name its interface in cluster.slurm.interface: "
+        f"{dict(addresses)}"
+    )
+
+
 def find_node(towards: str | None, interface: str | None) -> Node:
     """This node's address and interface.
 
@@ -92,46 +170,39 @@ def find_node(towards: str | None, interface: str | None) -> Node:
     Raises:
         OSError: if no such address or interface is there.
     """
-    addresses = {
-        entry.address: name
+    families = (socket.AF_INET, socket.AF_INET6)
+    addresses = reachable(
+        (name, entry.address)
         for name, entries in psutil.net_if_addrs().items()
         for entry in entries
-        if entry.family == socket.AF_INET
-    }
-    if interface is not None:
-        own = next((address for address, name in addresses.items() if name == interface), None)
-        if own is None:
-            raise OSError(f"cluster.slurm.interface = {interface}: no IPv4 address there; there are {addresses}")
-    else:
-        own = _route_to(towards) if towards else _named(addresses)
+        if entry.family in families
+    )
+    own = own_address(addresses, interface, [_route_to(towards)] if towards else _names())
     return Node(own, addresses[own], *resources(os.environ))
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _route_to(address: str) -> str:
     """Address that this host's packets to another have; a UDP socket sends nothing when it connects."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        host, _, port = address.rpartition(":")
-        probe.connect((host, int(port)))
+    host, port = parted(address)
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
         return str(probe.getsockname()[0])
 
 
-def _named(addresses: Mapping[str, str]) -> str:
-    """The head's own address: as srun knows it, as its name resolves, or the only one that is not loopback."""
+def _names() -> list[str]:
+    """The head's own addresses: as srun knows it, and as its name resolves."""
     candidates = [os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")]
     with suppress(OSError):
-        candidates += [str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    others = [address for address in addresses if not address.startswith("127.")]
-    candidates += others if len(others) == 1 else []
-    for address in candidates:
-        if address in addresses and not address.startswith("127."):
-            return address
-    raise OSError(
-        f"which of these addresses do other nodes reach? Name its interface in cluster.slurm.interface: {addresses}"
-    )
+        candidates += [str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)]
+    return candidates
 
 
 def _free_port(address: str) -> int:
-    with socket.socket() as probe:
+    with socket.socket(_family(address)) as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
@@ -244,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             head = None if is_head else _wait_for(asked.folder / "address")
             node = find_node(head, asked.interface)
-            head = head or f"{node.address}:{_free_port(node.address)}"
+            head = head or joined(node.address, _free_port(node.address))
             cause = _run_ray(stop, node, head, is_head=is_head, shared=asked.folder, folder=Path(folder))
         except OSError as error:
             cause = str(error)

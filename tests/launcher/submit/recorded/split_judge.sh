@@ -55,7 +55,7 @@ fi
 
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
   "${program[@]}" -m launcher run "$run_dir/slurm/config.yaml" --run-dir "$run_dir" --from judge --to judge \
-  --set cluster.address="$(cat -- "$folder/address")" --set cluster.num_nodes="$SLURM_JOB_NUM_NODES" \
+  --set cluster.address="'$(cat -- "$folder/address")'" --set cluster.num_nodes="$SLURM_JOB_NUM_NODES" \
   --set cluster.wait_s=600 &
 driver=$!
 [ "$asked" = no ] || save "$asked"

@@ -1,0 +1,172 @@
+"""What `launcher plan` says of a rank's memory, beside what ranks of other shapes really take on this machine's CPU.
+
+    python tests/benchmarks/memory_estimate.py [CASE ...]
+
+Every case trains a few steps; the largest rank's peak (resident) is compared with the figure told, once in all, and
+once over the baseline: what the same program takes with next to no model, which is measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher import estimate
+from launcher.config import load_config
+from launcher.quickstart_data import write_quickstart_data
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape and a layout; `vocab` is the width of the logits, whatever the tokenizer has."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int = 512
+    length: int = 512
+    workers: int = 2
+    stage: int = 2
+    training: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=lambda: {"method": "full"})
+
+
+CASES = {
+    "nothing": Case(64, 64, 1, 2, 2, length=64),
+    "wide": Case(1280, 3584, 3, 20, 20, length=256),
+    "deep": Case(384, 1024, 28, 6, 6, length=256, training={"precision": "bf16"}),
+    "grouped": Case(1024, 3072, 4, 16, 4, stage=0, training={"precision": "bf16"}),
+    "long": Case(512, 1408, 6, 8, 8, length=1024),
+    "long-checkpointed": Case(512, 1408, 12, 8, 8, length=1024, training={"gradient_checkpointing": True}),
+    "vocabulary": Case(512, 1408, 4, 8, 8, vocab=32_000, stage=3, training={"precision": "bf16"}),
+    "vocabulary-fp32": Case(384, 1024, 4, 6, 6, vocab=32_000, stage=0),
+    "one-worker": Case(768, 2048, 6, 12, 12, workers=1, stage=0, training={"precision": "bf16"}),
+    "zero3-fp32": Case(896, 2432, 5, 14, 14, length=256, stage=3),
+    "lora": Case(1024, 2816, 8, 16, 16, tuning={"method": "lora", "rank": 16}),
+    "lora-zero3": Case(1024, 2816, 8, 16, 8, stage=3, tuning={"method": "lora", "rank": 16}),
+    "lora-bf16": Case(
+        1024, 2816, 10, 16, 8, stage=0, workers=1, training={"precision": "bf16"}, tuning={"method": "lora", "rank": 8}
+    ),
+}
+
+
+def make_base(case: Case, folder: Path, tokenizer: Path) -> None:
+    """A Llama of the case's shape with random weights, beside a small tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=case.vocab,
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def write_config(case: Case, folder: Path, model: dict[str, Any]) -> Path:
+    """The run's YAML file; three optimizer steps of two micro-batches for each rank."""
+    training = {
+        "num_workers": case.workers,
+        "precision": "fp32",
+        "max_steps": 3,
+        "num_epochs": 10,
+        "micro_batch_size": 4,
+        "global_batch_size": 8 * case.workers,
+        "validate_every": 1000,
+        "checkpoint_every": 1000,
+    }
+    tree = {
+        "run": {"name": "measured", "storage": str(folder)},
+        "model": model,
+        "data": {"path": str(folder / "data.json"), "sequence_length": case.length},
+        "training": training | case.training,
+        "deepspeed": {"stage": case.stage},
+        "tuning": case.tuning,
+        "cluster": {"device": "cpu"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def measure(case: Case, folder: Path) -> tuple[int, estimate.Memory]:
+    """Train the case for a few steps.
+
+    Args:
+        case: the case.
+        folder: an empty folder.
+
+    Returns:
+        Bytes of the largest rank, and what was told of it before.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def call(*words: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+    write_quickstart_data(folder / "data.json", 1500, 0)
+    write_config(
+        case, folder, {"from_scratch": {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}}
+    )
+    call("launcher", "prepare", "run.yaml", "--run-dir", "scratch")
+    make_base(case, folder / "model", folder / "scratch" / "base")
+    path = write_config(case, folder, {"name_or_path": str(folder / "model")})
+    call("launcher", "prepare", "run.yaml", "--run-dir", "run")
+    group = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(case.workers)]
+    call(*group, "-m", "trainer.worker", "run.yaml", "--run-dir", "run")
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    config = load_config(path)
+    shape = estimate.shape_of(config)
+    assert shape is not None
+    return max(row["memory_bytes"] for row in rows if row["kind"] == "train"), estimate.memory_of(
+        config, shape, on_gpu=False
+    )
+
+
+def main() -> None:
+    """Measure the named cases, or all, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="cases; none is all")
+    baseline = None
+    for name in ["nothing", *(parser.parse_args().cases or [name for name in CASES if name != "nothing"])]:
+        with tempfile.TemporaryDirectory(prefix="memory-") as folder:
+            measured, told = measure(CASES[name], Path(folder))
+        if baseline is None:
+            baseline = measured
+            print(f"baseline {baseline / GIB:.2f} GiB, told {told.framework / GIB:.2f}", flush=True)
+            continue
+        over = (told.total - told.framework) / (measured - baseline)
+        parts = " ".join(f"{part} {size / 2**20:.0f}" for part, size in vars(told).items())
+        print(
+            f"{name:<18} measured {measured / GIB:.2f} GiB, told {told.total / GIB:.2f}: told/measured "
+            f"{told.total / measured:.2f} in all, {over:.2f} over the baseline ({parts} MiB)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
