@@ -7,7 +7,7 @@ own base. All are measured over the same prompts with the same judge, or it is n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
 from evaluation.report.headline import interval_text
 from evaluation.report.run_files import RunFiles, read_run
-from evaluation.report.scores import ModelScores, gather_scores, mean_of, pair
+from evaluation.report.scores import ModelScores, categories_of, gather_scores, mean_of, pair
 from evaluation.statistics import Estimate, PairedDifference, holm
 
 # A mean over fewer of the prompts than this says too little about all of them.
@@ -39,17 +39,37 @@ class Gates:
     """What a candidate must reach; None and False ask for nothing.
 
     `min_score`: its mean score, in points. `max_drop`: how far, in points, its mean may lie below the baseline's.
-    `significant`: its gain over the baseline must be distinguishable from chance.
+    `significant`: its gain over the baseline must be distinguishable from chance. `category_min_score` and
+    `category_max_drop`: the same for the prompts of one category, by its name.
     """
 
     min_score: float | None = None
     max_drop: float | None = None
     significant: bool = False
+    category_min_score: Mapping[str, float] = field(default_factory=dict)
+    category_max_drop: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def categories(self) -> set[str]:
+        """The categories that have a gate of their own."""
+        return {*self.category_min_score, *self.category_max_drop}
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """One category of one candidate; the difference is to the baseline."""
+
+    num_prompts: int
+    mean: Estimate
+    difference: Estimate
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the leaderboard; the difference is to the baseline, which itself has none."""
+    """One line of the leaderboard; the difference is to the baseline, which itself has none.
+
+    `categories` holds those that have a gate and at least one prompt.
+    """
 
     name: str
     num_scored: int
@@ -57,17 +77,22 @@ class Entry:
     difference: PairedDifference | None
     p_holm: float | None
     is_significant: bool
+    categories: Mapping[str, CategoryResult]
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """Whether one candidate passed one gate; `value` is None where nothing was measured, which is no pass."""
+    """Whether one candidate passed one gate; `value` is None where nothing was measured, which is no pass.
+
+    `category` is None for a gate over all prompts.
+    """
 
     gate: Literal["min_score", "max_drop", "significant"]
     candidate: str
     limit: float
     value: float | None
     passed: bool
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +137,11 @@ def exit_code(
         means: Of all entries.
 
     Returns:
-        2 without a mean, or with a problem that was not forced; 1 when a gate failed; else 0.
+        2 without a mean, without the number that a gate asks for, or with a problem that was not forced; 1 when a gate
+        failed; else 0.
     """
-    if any(mean is None for mean in means) or (problems and not forced):
+    unmeasured = any(mean is None for mean in means) or any(gate.value is None for gate in gates)
+    if unmeasured or (problems and not forced):
         return 2
     return 0 if all(gate.passed for gate in gates) else 1
 
@@ -145,7 +172,13 @@ def compare(runs: Sequence[Path], config: ReportConfig, gates: Gates, *, force: 
     }
     problems += _coverage_problems(scores, len(shared))
     common = [name for name in shared if all(name in own.scores for own in scores.values())]
-    entries = _entries(scores, common, config)
+    categories = categories_of(next(iter(contestants.values()))[0])
+    gated = {name: [row for row in common if categories[row] == name] for name in sorted(gates.categories)}
+    problems += [
+        f"No prompt is of category {name!r}, which has a gate; there are {', '.join(sorted(set(categories.values())))}."
+        for name in sorted(gates.categories - set(categories.values()))
+    ]
+    entries = _entries(scores, common, gated, config)
     baseline = next(iter(contestants))
     return Comparison(
         baseline=baseline,
@@ -231,7 +264,12 @@ def _coverage_problems(scores: Mapping[str, ModelScores], num_asked: int) -> lis
     ]
 
 
-def _entries(scores: Mapping[str, ModelScores], common: Sequence[str], config: ReportConfig) -> list[Entry]:
+def _entries(
+    scores: Mapping[str, ModelScores],
+    common: Sequence[str],
+    gated: Mapping[str, Sequence[str]],
+    config: ReportConfig,
+) -> list[Entry]:
     baseline, *candidates = scores
     differences = {name: pair(common, scores[baseline], scores[name], config).difference for name in candidates}
     tested = [name for name in candidates if differences[name].p_sign_flip is not None]
@@ -243,7 +281,16 @@ def _entries(scores: Mapping[str, ModelScores], common: Sequence[str], config: R
             difference is not None and p is not None and difference.is_distinguishable(config.confidence)
         ) and p <= 1 - config.confidence
         mean = mean_of([own.scores[row] for row in common], config)
-        entries.append(Entry(name, len(own.scores), mean, difference, p, is_significant))
+        parts = {
+            category: CategoryResult(
+                len(rows),
+                mean_of([own.scores[row] for row in rows], config),
+                pair(rows, scores[baseline], own, config).difference.estimate,
+            )
+            for category, rows in gated.items()
+            if rows
+        }
+        entries.append(Entry(name, len(own.scores), mean, difference, p, is_significant, parts))
     return entries
 
 
@@ -262,15 +309,32 @@ def check_gates(candidates: Sequence[Entry], gates: Gates) -> list[GateResult]:
         mean = entry.mean.mean
         change = entry.difference.estimate.mean if entry.difference else None
         if gates.min_score is not None:
-            passed = mean is not None and mean >= gates.min_score
-            results.append(GateResult("min_score", entry.name, gates.min_score, mean, passed))
+            results.append(_floor("min_score", entry.name, gates.min_score, mean))
         if gates.max_drop is not None:
-            passed = change is not None and change >= -gates.max_drop
-            results.append(GateResult("max_drop", entry.name, gates.max_drop, change, passed))
+            results.append(_floor("max_drop", entry.name, gates.max_drop, change))
+        for category in sorted(gates.categories):
+            part = entry.categories.get(category)
+            if category in gates.category_min_score:
+                value = None if part is None else part.mean.mean
+                results.append(_floor("min_score", entry.name, gates.category_min_score[category], value, category))
+            if category in gates.category_max_drop:
+                value = None if part is None else part.difference.mean
+                results.append(_floor("max_drop", entry.name, gates.category_max_drop[category], value, category))
         if gates.significant:
             passed = entry.is_significant and change is not None and change > 0
             results.append(GateResult("significant", entry.name, 0.0, change, passed))
     return results
+
+
+def _floor(
+    gate: Literal["min_score", "max_drop"],
+    candidate: str,
+    limit: float,
+    value: float | None,
+    category: str | None = None,
+) -> GateResult:
+    least = limit if gate == "min_score" else -limit
+    return GateResult(gate, candidate, limit, value, value is not None and value >= least, category)
 
 
 def as_text(comparison: Comparison) -> str:
@@ -304,7 +368,8 @@ def as_text(comparison: Comparison) -> str:
             "max_drop": f"no more than {gate.limit:g} points below {comparison.baseline}",
             "significant": f"better than {comparison.baseline} beyond chance",
         }[gate.gate]
-        lines.append(f"{'passed' if gate.passed else 'FAILED'}  {gate.candidate}: {words} ({value})")
+        where = "" if gate.category is None else f" in category {gate.category}"
+        lines.append(f"{'passed' if gate.passed else 'FAILED'}  {gate.candidate}: {words}{where} ({value})")
     if comparison.problems:
         lines += ["", "Forced although:" if comparison.forced else "Not a valid measurement:"]
         lines += [f"- {problem}" for problem in comparison.problems]

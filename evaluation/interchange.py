@@ -150,7 +150,9 @@ def score_text(result: dict[str, Any]) -> str:
     return "\n".join([line, *(f"not scored: {num} x {cause}" for cause, num in result["unscored"].items())])
 
 
-def import_responses(path: Path, run_dir: Path, model: str, references: Path | None = None) -> dict[str, Any]:
+def import_responses(
+    path: Path, run_dir: Path, model: str, references: Path | None = None, *, needs_references: bool = False
+) -> dict[str, Any]:
     """Bring responses made elsewhere into a run folder, where the judge stage scores them like our own.
 
     Known files: our own rows (`id`, `response`); instruction, input, output, model_response, where `output` is the
@@ -163,6 +165,7 @@ def import_responses(path: Path, run_dir: Path, model: str, references: Path | N
         run_dir: Receives `responses/<model>.jsonl`, and `data/test.jsonl` where there is none.
         model: Name under which the responses are judged and reported.
         references: AlpacaEval outputs to take as reference answers.
+        needs_references: The judge only compares with references, so a file without them is refused.
 
     Returns:
         `format`, `num_responses`, and `num_missing` for rows whose response is null.
@@ -185,6 +188,11 @@ def import_responses(path: Path, run_dir: Path, model: str, references: Path | N
     else:
         imported, answers = _with_ids(rows, kind, references)
         test = imported
+        if needs_references and not test_path.is_file() and not any(row["reference"] for row in imported.values()):
+            raise EvaluationError(
+                f"{path} holds no reference answers, with which this judge compares; give them with --references FILE "
+                "(AlpacaEval outputs of the same prompts), or take a judge that is a language model"
+            )
         if test_path.is_file():
             known = {str(row["id"]): row for row in read_rows(test_path)}
             answers, test = _joined_by_prompt(imported, answers, known, path), known

@@ -142,6 +142,9 @@ def judge(
     responses: Annotated[
         Path | None, typer.Option(help="Judge this file of responses made elsewhere instead of the run's models.")
     ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Reference answers for --responses without them, as AlpacaEval outputs.")
+    ] = None,
     model: Annotated[str, typer.Option("--as", help="Name of the model that made --responses.")] = "other",
     strict: Strict = False,
     estimate: Annotated[
@@ -163,7 +166,15 @@ def judge(
     from launcher.run import judge_file
 
     loaded = load_config(config, set_)
-    judge_file(loaded, _folder(loaded, run_dir), responses, model, strict=strict, console=Console(highlight=False))
+    judge_file(
+        loaded,
+        _folder(loaded, run_dir),
+        responses,
+        model,
+        references=references,
+        strict=strict,
+        console=Console(highlight=False),
+    )
 
 
 @app.command()

@@ -14,6 +14,7 @@ from launcher.errors import ConfigError
 from launcher.run_directory import read_json
 from launcher.submit.sweep import SWEEP_FILE
 
+OF_CATEGORY = "CATEGORY=POINTS for one category (repeatable)"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -25,8 +26,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, the baseline first.")],
-    min_score: Annotated[float | None, typer.Option(min=0, max=100, help="Gate: least mean score.")] = None,
-    max_drop: Annotated[float | None, typer.Option(min=0, help="Gate: most points below the baseline.")] = None,
+    min_score: Annotated[list[str] | None, typer.Option(help=f"Gate: least mean score; {OF_CATEGORY}.")] = None,
+    max_drop: Annotated[
+        list[str] | None, typer.Option(help=f"Gate: most points below the baseline; {OF_CATEGORY}.")
+    ] = None,
     significant: Annotated[bool, typer.Option("--significant", help="Gate: the gain is distinguishable.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Compare although judges or data differ.")] = False,
     as_json: AsJson = False,
@@ -34,7 +37,15 @@ def compare(
     """A leaderboard of runs, or of a sweep's, on the same prompts; status 0 passed, 1 a gate failed, 2 not valid."""
     from evaluation import compare as comparing
 
-    gates = comparing.Gates(min_score=min_score, max_drop=max_drop, significant=significant)
+    least, category_least = _limits("--min-score", min_score or [])
+    most, category_most = _limits("--max-drop", max_drop or [])
+    gates = comparing.Gates(
+        min_score=least,
+        max_drop=most,
+        significant=significant,
+        category_min_score=category_least,
+        category_max_drop=category_most,
+    )
     try:
         runs, missing = _with_members(runs)
         result = comparing.compare(runs, ReportConfig(), gates, force=force)
@@ -44,6 +55,27 @@ def compare(
     for line in missing:
         typer.echo(line, err=True)
     raise typer.Exit(2 if missing else result.exit_code)
+
+
+def _limits(option: str, values: list[str]) -> tuple[float | None, dict[str, float]]:
+    """`60` is for all prompts, `math=55` for those of a category; the limit over all, and the limits by category."""
+    over_all: float | None = None
+    by_category: dict[str, float] = {}
+    for value in values:
+        category, is_category, number = value.rpartition("=")
+        try:
+            points = float(number)
+        except ValueError:
+            points = -1.0
+        if not 0 <= points <= 100:
+            raise ConfigError(f"{option} {value}: points from 0 to 100 are needed, alone or as CATEGORY=POINTS")
+        if is_category and category not in by_category:
+            by_category[category] = points
+        elif not is_category and over_all is None:
+            over_all = points
+        else:
+            raise ConfigError(f"{option} {value}: this gate is given twice")
+    return over_all, by_category
 
 
 def _with_members(runs: list[Path]) -> tuple[list[Path], list[str]]:

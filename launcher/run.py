@@ -65,7 +65,14 @@ def run_stages(
 
 
 def judge_file(
-    config: RunConfig, run_dir: Path, responses: Path, model: str, *, strict: bool, console: Console
+    config: RunConfig,
+    run_dir: Path,
+    responses: Path,
+    model: str,
+    *,
+    references: Path | None,
+    strict: bool,
+    console: Console,
 ) -> None:
     """Bring responses made elsewhere into a run's folder, and judge them beside the run's own.
 
@@ -74,6 +81,7 @@ def judge_file(
         run_dir: the run's folder; where it has no test set, the file becomes its test set.
         responses: the file.
         model: the name under which they are judged and reported.
+        references: reference answers in AlpacaEval's form, where the file and the run's folder hold none.
         strict: fail if a canary shows that the judge can be talked over.
         console: where counts are shown.
     """
@@ -82,8 +90,11 @@ def judge_file(
 
     plan.check(config, ["judge"])
     with open_run_directory(run_dir), ExitStack() as held:
-        counts = import_responses(responses, run_dir, model)
-        console.print(f"{responses}: {counts['num_responses']} responses ({counts['format']}) as {model}")
+        compares = config.judge.type in ("reference", "label")
+        counts = import_responses(responses, run_dir, model, references, needs_references=compares)
+        console.print(
+            f"{responses}: {counts['num_responses']} responses ({counts['format']}) as {model}", soft_wrap=True
+        )
         if _judges_on_ray(config):
             held.enter_context(ray_cluster(config.cluster))
         judged = judge(config.judge, [model], run_dir, strict=strict)["models"][model]

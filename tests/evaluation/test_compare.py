@@ -80,6 +80,33 @@ def test_gates(runs, gates, code):
     assert compare([runs[0], candidate], CONFIG, gates).exit_code == code
 
 
+@pytest.mark.parametrize(
+    ("gates", "code", "failed"),
+    [
+        (Gates(category_min_score={"count": 50}), 0, []),
+        (Gates(category_min_score={"count": 50, "reverse": 50}), 1, ["reverse"]),
+        (Gates(min_score=40, category_max_drop={"count": 30}), 0, []),
+        (Gates(min_score=40, category_max_drop={"count": 30, "reverse": 30}), 1, ["reverse"]),
+        (Gates(category_max_drop={"maths": 100}), 2, ["maths"]),
+        (Gates(category_min_score={"maths": 0}), 2, ["maths"]),
+    ],
+)
+def test_gates_of_one_category(runs, gates, code, failed):
+    """One category has fallen to 10 points; the mean over all hides it."""
+    path = runs[1] / "scores/tuned.jsonl"
+    rewrite(path, lambda row: row | {"score": 10 if row["category"] == "reverse" else 70, "state": "scored"})
+    board = compare(runs[:2], CONFIG, gates)
+    assert board.exit_code == code
+    assert [gate.category for gate in board.gates if not gate.passed] == failed
+    candidate = next(entry for entry in board.entries if entry.name == "alike")
+    if "reverse" in gates.categories:
+        assert candidate.categories["reverse"].mean.mean == 10
+        assert candidate.categories["reverse"].num_prompts == 20
+    if code == 2:
+        assert "No prompt is of category 'maths', which has a gate; there are <b>bold</b>, count" in board.text
+        assert compare(runs[:2], CONFIG, gates, force=True).exit_code == 2
+
+
 def test_a_significant_loss_does_not_pass_the_gate_for_a_gain(runs):
     set_score(runs[1] / "scores/tuned.jsonl", 1)
     board = compare(runs[:2], CONFIG, Gates(significant=True))
