@@ -6,13 +6,20 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from launcher.errors import ConfigError, LauncherError
+
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -54,9 +61,49 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The launcher that holds a run's folder; `attempt` counts how often Slurm has put its job back into the queue."""
+
+    pid: int
+    host: str
+    job: str | None = None
+    attempt: int = 0
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """Who would hold the folder from here."""
+        job, attempt = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
+        return cls(os.getpid(), socket.gethostname(), job, int(attempt or 0))
+
+    def succeeds(self, earlier: Holder) -> bool:
+        """Whether this is a later attempt of the same job: Slurm thinks the earlier one dead. Pure."""
+        return self.job is not None and self.job == earlier.job and self.attempt > earlier.attempt
+
+
+def check_held(run_dir: Path) -> None:
+    """Before a record is written: does the run still belong to this process?
+
+    Args:
+        run_dir: the run's folder.
+
+    Raises:
+        LauncherError: if a later attempt of the job has taken it over.
+    """
+    holder = _holder(run_dir / LOCK)
+    if holder is not None and (holder.pid, holder.host) != (os.getpid(), socket.gethostname()):
+        raise LauncherError(
+            f"{run_dir}: attempt {holder.attempt} of this job, on {holder.host}, has taken the run over; this earlier "
+            f"one ends and writes nothing more"
+        )
+
+
 @contextmanager
 def open_run_directory(path: Path) -> Iterator[None]:
     """Hold a run's folder for one launcher at a time.
+
+    A later attempt of the same Slurm job takes the folder over from an earlier one, whose node Slurm has lost. Should
+    that wake up beside its successor, it is interrupted within a second, and writes no record before.
 
     Args:
         path: the run's folder, made when missing.
@@ -69,21 +116,56 @@ def open_run_directory(path: Path) -> Iterator[None]:
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; give a folder with --run-dir, or change run.name")
-    if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+    if path.is_dir() and any(path.iterdir()) and not (path / LOCK).exists():
         raise ConfigError(f"{path}: holds files that are not a run's; give another folder with --run-dir or run.name")
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"{path}: process {lock.read().strip()} is working on this run; wait or stop it"
-            ) from None
+    mine, ended = Holder.this_process(), threading.Event()
+    with _lock(path / LOCK, mine) as lock:
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(json.dumps(asdict(mine)))
         lock.flush()
-        yield
+        threading.Thread(target=_interrupt_when_taken_over, args=(path, ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+
+def _lock(path: Path, mine: Holder) -> TextIO:
+    """The lock file, open and locked; the file lives on, and so does the lock until it is closed."""
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        lock.close()
+    holder = _holder(path)
+    if holder is None or not mine.succeeds(holder):
+        who = f"process {holder.pid} is working on this run ({holder.host})" if holder else "it is being worked on"
+        raise ConfigError(f"{path.parent}: {who}; wait or stop it")
+    # The earlier attempt keeps its lock on a file that no longer has the name.
+    successor = path.with_name(f"{path.name}.{mine.host}.{mine.pid}")
+    lock = successor.open("a+")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    successor.replace(path)
+    return lock
+
+
+def _holder(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _interrupt_when_taken_over(run_dir: Path, ended: threading.Event) -> None:
+    while not ended.wait(1):
+        try:
+            check_held(run_dir)
+        except LauncherError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGINT)  # not SIGTERM, which asks the run to save
+            return
 
 
 def set_aside(run_dir: Path, names: list[str], *, keep: bool) -> Path | None:

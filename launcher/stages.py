@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from launcher.config import RunConfig
 from launcher.errors import LauncherError
-from launcher.run_directory import read_json, set_aside, write_json
+from launcher.run_directory import check_held, read_json, set_aside, write_json
 
 Stage = Literal["prepare", "train", "export", "generate", "judge", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -45,7 +45,19 @@ LAYOUT = {
         "max_failures",
         "hang_timeout_s",
     },
-    "generation": {"engines", "tensor_parallel_size", "cpus_per_engine", "gpu_memory_share", "cpu_cache_gib"},
+    "generation": {
+        "engines",
+        "tensor_parallel_size",
+        "cpus_per_engine",
+        "gpu_memory_share",
+        "cpu_cache_gib",
+        "concurrency",
+        "requests_per_minute",
+        "tokens_per_minute",
+        "timeout_s",
+        "max_retries",
+        "api_key_env",
+    },
     "judge": {
         "engines",
         "tensor_parallel_size",
@@ -89,8 +101,7 @@ def fingerprint(stage: Stage, config: RunConfig, run_dir: Path) -> Fingerprint:
     asked: Fingerprint = {"seed": config.run.seed} if stage in ("prepare", "train") else {}
     for section in SECTIONS[stage]:
         values = getattr(config, section).model_dump(mode="json")
-        left_out = LAYOUT.get(section, set())
-        asked |= _flat(section, {key: value for key, value in values.items() if key not in left_out})
+        asked |= _flat(section, _without(values, LAYOUT.get(section, set())))
     if stage == "prepare":
         asked["data (content)"] = _content(config.data.local_paths)
     else:
@@ -136,6 +147,7 @@ def state_of(stage: Stage, config: RunConfig, run_dir: Path) -> Finished | Unfin
 
 def begin(stage: Stage, config: RunConfig, run_dir: Path, *, again: bool) -> None:
     """Note what is asked before the stage starts; `again` first sets an earlier result aside."""
+    check_held(run_dir)
     if again:
         set_aside(run_dir, list(OUTPUTS[stage]), keep=stage in KEYED)
     (run_dir / f"{stage}.record.json").unlink(missing_ok=True)
@@ -144,6 +156,7 @@ def begin(stage: Stage, config: RunConfig, run_dir: Path, *, again: bool) -> Non
 
 def finish(stage: Stage, run_dir: Path, counts: Mapping[str, Any], wall_s: float) -> None:
     """Write the stage's record: last, and at once."""
+    check_held(run_dir)
     started = read_json(run_dir / f"{stage}.started.json")
     if started is None:
         raise LauncherError(f"{run_dir / f'{stage}.started.json'}: went missing while the stage ran")
@@ -177,6 +190,13 @@ def _differences(earlier: Fingerprint, now: Fingerprint) -> list[str]:
         for key in sorted({*earlier, *now})
         if earlier.get(key, absent) != now.get(key, absent)
     ]
+
+
+def _without(value: Any, left_out: set[str]) -> Any:  # noqa: ANN401 - any part of a configuration
+    """Leave keys out wherever they stand: the members of a jury and further models have them too."""
+    if isinstance(value, dict):
+        return {key: _without(part, left_out) for key, part in value.items() if key not in left_out}
+    return [_without(part, left_out) for part in value] if isinstance(value, list) else value
 
 
 def _flat(prefix: str, value: object) -> Fingerprint:

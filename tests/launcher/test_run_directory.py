@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import ConfigError, LauncherError
-from launcher.run_directory import open_run_directory, read_json, write_atomically, write_json
+from launcher.run_directory import Holder, open_run_directory, read_json, write_atomically, write_json
 
 
 def test_one_launcher_at_a_time(tmp_path: Path) -> None:
@@ -15,6 +19,65 @@ def test_one_launcher_at_a_time(tmp_path: Path) -> None:
         open_run_directory(tmp_path),
     ):
         pass
+
+
+WORKS = """
+import sys, time
+from pathlib import Path
+from launcher.run_directory import check_held, open_run_directory
+with open_run_directory(Path(sys.argv[1])):
+    print("holds", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        check_held(Path(sys.argv[1]))
+"""
+
+
+def attempt(run_dir: Path, number: int, job: str = "7") -> subprocess.Popen[str]:
+    environment = os.environ | {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(number)}
+    command = [sys.executable, "-c", WORKS, str(run_dir)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_attempt_that_wakes_up_beside_its_successor_ends(tmp_path: Path) -> None:
+    thought_dead = attempt(tmp_path, 0)
+    assert thought_dead.stdout is not None
+    assert thought_dead.stdout.readline() == "holds\n"
+    thought_dead.send_signal(signal.SIGSTOP)
+    other = attempt(tmp_path, 5, job="8")
+    said = other.communicate(timeout=20)[1]
+    assert f"process {thought_dead.pid} is working on this run" in said
+
+    successor = attempt(tmp_path, 1)
+    try:
+        assert successor.stdout is not None
+        assert successor.stdout.readline() == "holds\n"
+        thought_dead.send_signal(signal.SIGCONT)
+        said = thought_dead.communicate(timeout=20)[1]
+        assert thought_dead.returncode != 0
+        assert said.count("attempt 1 of this job") == 2  # interrupted, and refused what it would write
+        assert "has taken the run over" in said
+        assert successor.poll() is None
+        # And the lock is the successor's now.
+        assert "is working on this run" in attempt(tmp_path, 1).communicate(timeout=20)[1]
+    finally:
+        successor.kill()
+        thought_dead.kill()
+
+
+@pytest.mark.parametrize(
+    ("mine", "earlier", "succeeds"),
+    [
+        (Holder(1, "a", "7", 1), Holder(2, "b", "7", 0), True),
+        (Holder(1, "a", "7", 1), Holder(2, "b", "7", 1), False),
+        (Holder(1, "a", "7", 0), Holder(2, "b", "7", 1), False),
+        (Holder(1, "a", "8", 1), Holder(2, "b", "7", 0), False),
+        (Holder(1, "a"), Holder(2, "b"), False),
+    ],
+)
+def test_only_a_later_attempt_of_the_same_job_takes_a_run_over(mine: Holder, earlier: Holder, succeeds: bool) -> None:
+    assert mine.succeeds(earlier) == succeeds
 
 
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
