@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
@@ -52,7 +53,17 @@ def test_annotations_are_read_by_alpaca_eval(run, tmp_path):
     metrics = pytest.importorskip("alpaca_eval.metrics", reason="the alpaca-eval package is not installed")
     path = export_run(run, "alpaca-eval-annotations", tmp_path / "annotations.json")
     theirs = metrics.get_winrate(json.loads(path.read_text(encoding="utf-8")))
-    assert theirs["win_rate"] == pytest.approx(score_file(path, CONFIG)["win_rate"])
+    ours = score_file(path, CONFIG)
+    assert theirs["win_rate"] == pytest.approx(ours["win_rate"])
+    assert theirs["standard_error"] == pytest.approx(ours["standard_error"])
+    assert theirs["n_total"] == ours["num_scored"] == 118
+
+
+def test_outputs_are_read_by_alpaca_eval(run, tmp_path):
+    utils = pytest.importorskip("alpaca_eval.utils", reason="the alpaca-eval package is not installed")
+    theirs = utils.load_or_convert_to_dataframe(export_run(run, "alpaca-eval-outputs", tmp_path / "outputs.json"))
+    assert len(theirs) == 119 and set(theirs["generator"]) == {"tuned"}
+    assert utils.get_generator_name(None, theirs) == "tuned"
 
 
 def test_outputs_come_back_by_prompt(run, tmp_path):
@@ -77,6 +88,38 @@ def test_samples_have_the_harness_keys(run, tmp_path):
     assert isinstance(rows[0]["score"], float) and rows[0]["metrics"] == ["score"]
 
 
+def test_samples_are_what_the_harness_declares(run, tmp_path):
+    schema = pytest.importorskip("lm_eval.result_schema", reason="the lm-eval package is not installed")
+    from lm_eval.utils import hash_string
+
+    lines = export_run(run, "lm-eval-samples", tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    declared = TypeAdapter(schema.SampleResult)
+    for line in lines:
+        row = json.loads(line)
+        scored = {key: value for key, value in row.items() if value is not None}  # a row without a score has null there
+        read = declared.validate_python(scored, strict=True)
+        assert read["resps"] == row["resps"] and read["metrics"] == ["score"]
+        assert row["prompt_hash"] == hash_string(row["arguments"]["gen_args_0"]["arg_0"])
+        assert row["target_hash"] == hash_string(row["target"])
+    with pytest.raises(ValidationError):
+        declared.validate_python(row | {"resps": "text"})
+
+
+def test_batch_requests_are_what_openai_declares(run, tmp_path):
+    from openai.types.chat import ChatCompletionUserMessageParam
+    from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+
+    text = export_run(run, "openai-batch", tmp_path / "batch.jsonl", model="gpt-x").read_text(encoding="utf-8")
+    bodies = [json.loads(line)["body"] for line in text.splitlines()]
+    request, message = TypeAdapter(CompletionCreateParamsNonStreaming), TypeAdapter(ChatCompletionUserMessageParam)
+    for body in bodies:
+        assert set(body) <= set(CompletionCreateParamsNonStreaming.__annotations__) | {"messages", "model"}
+        assert request.validate_python(body)["model"] == "gpt-x"
+        assert [message.validate_python(one) for one in body["messages"]] == body["messages"]
+    with pytest.raises(ValidationError):
+        message.validate_python({"role": "tuned", "content": "x"})
+
+
 def test_batch_requests_have_unique_ids_and_messages(run, tmp_path):
     text = export_run(run, "openai-batch", tmp_path / "batch.jsonl", model="gpt-x").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
@@ -87,11 +130,16 @@ def test_batch_requests_have_unique_ids_and_messages(run, tmp_path):
 
 def test_model_index_is_read_by_the_hub_library(run, tmp_path):
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
     text = export_run(run, "model-index", tmp_path / "README.md").read_text(encoding="utf-8")
     result = ModelCard(text).data.eval_results[0]
     assert result.metric_type == "judge_score"
     assert 70 < result.metric_value < 100
+    (entry,) = yaml.safe_load(text.strip("-\n"))["model-index"]
+    name, (read,) = model_index_to_eval_results([entry])
+    assert name == entry["name"] and read.dataset_split == "test"
+    assert eval_results_to_model_index(name, [read]) == [entry]  # nothing of ours was lost on the way
     assert yaml.safe_load(text.strip("-\n"))["model-index"][0]["name"].endswith("-tuned")
 
 
