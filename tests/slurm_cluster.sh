@@ -4,6 +4,7 @@
 #
 #   slurm_cluster.sh up FOLDER     start; then: export SLURM_CONF=FOLDER/slurm.conf
 #   slurm_cluster.sh start N FOLDER, slurm_cluster.sh kill N FOLDER     one host (N is 1 or 2)
+#   slurm_cluster.sh kill-slurmd N FOLDER   its slurmd alone: what runs on the host lives on
 #   slurm_cluster.sh down FOLDER   stop all that `up` started, and nothing else
 set -euo pipefail
 action=$1
@@ -98,6 +99,7 @@ case $action in
     ;;
   start) start_host "$2" ;;
   kill) kill_host "$2" ;;
+  kill-slurmd) kill -KILL "$(pgrep -x slurmd -P "$(pgrep -P "$(cat "$folder/n$2/pid")")")" ;;
   down)
     for n in 1 2; do [ ! -s "$folder/n$n/pid" ] || kill_host $n; done
     for file in slurmctld.pid munge/pid; do

@@ -23,7 +23,7 @@ class SlurmCluster:
         self.folder = folder
 
     def act(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run the set-up script: up, down, kill N, start N."""
+        """Run the set-up script: up, down, kill N, kill-slurmd N, start N."""
         # Its daemons outlive it and hold its output, so that goes to a file.
         log = self.folder / "script.log"
         with log.open("a") as output:
@@ -37,6 +37,16 @@ class SlurmCluster:
         done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def inside(self, host: int) -> list[str]:
+        """Words that run a command on a host, beside its jobs."""
+        holder = subprocess.run(
+            ["pgrep", "-P", (self.folder / f"n{host}/pid").read_text().strip()],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return ["nsenter", "--target", holder.stdout.strip(), "--all", "--"]
 
     def processes(self) -> list[str]:
         """Command lines of all processes on the two hosts."""

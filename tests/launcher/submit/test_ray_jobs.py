@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def test_paths_mean_the_same_on_the_cluster(repository: Path, tmp_path: Path) ->
 
 @dataclass
 class RayCluster:
-    """A head and two more nodes of one CPU each."""
+    """A head without CPUs for others, and three more nodes of one CPU each."""
 
     folder: Path
     environment: dict[str, str]
@@ -75,7 +74,7 @@ class RayCluster:
 
     def start_node(self, *further: str) -> subprocess.Popen[bytes]:
         number = len(self.nodes)
-        node = Node("127.0.0.1", "lo", num_cpus=1, num_gpus=0)
+        node = Node("127.0.0.1", "lo", num_cpus=min(1, number), num_gpus=0)
         command = ray_command(node, self.gcs, is_head=number == 0, folder=self.folder / f"n{number}")
         command = [word for word in command if not (further and word.startswith("--include-dashboard"))]
         with (self.folder / f"n{number}.log").open("wb") as log:
@@ -83,6 +82,20 @@ class RayCluster:
         self.nodes.append(started)
         until(lambda: "Ray runtime started." in self.log(number), 60, lambda: self.log(number))
         return started
+
+    def heal(self) -> None:
+        """Start nodes until three are alive beside the head."""
+        while sum(node.poll() is None for node in self.nodes[1:]) < 3:
+            self.start_node()
+
+    def kill_raylet(self, of: str) -> None:
+        """Kill the raylet of a node where such a process runs."""
+        victim = next(node for node in self.nodes[1:] if _runs(node.pid, of))
+        next(process for process in _family(victim.pid) if process.name() == "raylet").kill()
+
+    def busy(self, of: str) -> bool:
+        """Whether such a process runs on any node."""
+        return any(_runs(node.pid, of) for node in self.nodes)
 
     def log(self, number: int) -> str:
         return (self.folder / f"n{number}.log").read_text(errors="replace")
@@ -123,8 +136,7 @@ def ray_nodes() -> Iterator[RayCluster]:
         cluster = RayCluster(Path(folder), environment, f"127.0.0.1:{_free_port()}", f"http://127.0.0.1:{dashboard}")
         try:
             cluster.start_node("--include-dashboard=true", f"--dashboard-port={dashboard}")
-            cluster.start_node()
-            cluster.start_node()
+            cluster.heal()
             yield cluster
         finally:
             cluster.stop()
@@ -150,10 +162,7 @@ def test_a_job_outlives_a_node_and_ends_with_its_report(
         return launcher("logs", run, *place, cwd=submitting, **known).stdout
 
     until(lambda: len(train_rows(run)) > 40, 120, output)
-    victim = next(node for node in ray_nodes.nodes[1:] if _trains(node.pid))
-    raylet = next(process for process in _family(victim.pid) if process.name() == "raylet")
-    raylet.send_signal(signal.SIGKILL)
-
+    ray_nodes.kill_raylet("RayTrainWorker")
     followed = launcher("logs", run, *place, "--follow", cwd=submitting, timeout=450, **known)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert "the workers failed and are started again" in followed.stdout
@@ -162,8 +171,49 @@ def test_a_job_outlives_a_node_and_ends_with_its_report(
     assert json.loads((run / "report.json").read_text())["headline"]["num_prompts"] > 0
 
 
-def _trains(pid: int) -> bool:
-    return any("RayTrainWorker" in " ".join(process.cmdline()) for process in _family(pid))
+def _runs(pid: int, what: str) -> bool:
+    return any(what in " ".join(process.cmdline()) for process in _family(pid))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_runs_of_a_sweep_side_by_side_do_not_disturb_each_other_and_outlive_a_node_while_generating(
+    ray_nodes: RayCluster, submitting: Path, repository: Path
+) -> None:
+    ray_nodes.heal()
+    config = configure(submitting, repository, training={"max_steps": 60, "num_workers": 1})
+    sweep = submitting / "small"
+    place = ["--address", ray_nodes.dashboard]
+    known = {key: value for key, value in ray_nodes.environment.items() if key.startswith("RAY_")}
+    # How often checkpoints are written changes nothing of what is learned: the two must come to the same.
+    words = ["--sweep", "training.checkpoint_every=1000,2000", "--side-by-side", "2"]
+    submitted = launcher(
+        "submit", "ray", config, *place, *words, "--python", sys.executable, "--detach", cwd=submitting, **known
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    assert "2 runs in" in submitted.stderr
+
+    def output() -> str:
+        members = [path.read_text(errors="replace") for path in sweep.glob("*/output.log")]
+        return "\n".join([launcher("logs", sweep, *place, cwd=submitting, **known).stdout, *members])
+
+    members = [sweep / f"{n}-checkpoint_every-{n}000" for n in (1, 2)]
+    until(lambda: all(train_rows(member) for member in members), 200, output)
+    both = [(member / "generate.record.json").exists() for member in members]
+    assert both == [False, False]
+    until(lambda: ray_nodes.busy("vLLM") or ray_nodes.busy("VLLM"), 200, output)
+    ray_nodes.kill_raylet("vLLM")
+
+    followed = launcher("logs", sweep, *place, "--follow", cwd=submitting, timeout=500, **known)
+    assert followed.returncode == 0, output()
+    assert "differences to 1-checkpoint_every-1000" in followed.stdout
+    steps = [[(row["step"], row["loss"]) for row in train_rows(member)] for member in members]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 60
+    for member in members:
+        counts = json.loads((member / "generate.record.json").read_text())["counts"]["models"]["tuned"]
+        assert counts["asked"] == counts["generated"] == 8
+        assert json.loads((member / "report.json").read_text())["headline"]["num_prompts"] == 8
 
 
 @pytest.mark.slow
@@ -171,6 +221,7 @@ def _trains(pid: int) -> bool:
 def test_cancel_lets_the_job_save_and_leaves_the_cluster(
     ray_nodes: RayCluster, submitting: Path, repository: Path
 ) -> None:
+    ray_nodes.heal()
     config = configure(submitting, repository, training={"max_steps": 100_000})
     run = submitting / "small"
     place = ["--address", ray_nodes.dashboard]
@@ -181,7 +232,7 @@ def test_cancel_lets_the_job_save_and_leaves_the_cluster(
     cancelled = launcher("cancel", run, *place, cwd=submitting, timeout=150, **known)
     assert "ended" in cancelled.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{len(train_rows(run))}"]
-    until(lambda: not any(_trains(node.pid) for node in ray_nodes.nodes), 30, lambda: "workers are left")
+    until(lambda: not ray_nodes.busy("RayTrainWorker"), 30, lambda: "workers are left")
     assert ray_nodes.nodes[0].poll() is None
 
 

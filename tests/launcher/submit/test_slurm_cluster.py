@@ -6,18 +6,37 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launcher.submit.small_runs import configure, launcher, log_of, train_rows, until
 
 SECRET = "value-of-the-secret"
 STEPS = 200
+
+
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+BYSTANDER = "tl-bystander"
+
+
+def start_ray_on_a_host(slurm: Any, host: int) -> subprocess.Popen[bytes]:
+    """A Ray cluster of this user that is no business of any job."""
+    address = f"{os.environ['SLURM_TEST_NET']}.{host}"
+    log = slurm.folder / "bystander.log"
+    words = ["start", "--head", "--port=6379", f"--node-ip-address={address}", "--num-cpus=1", "--block"]
+    words += ["--include-dashboard=false", f"--temp-dir={tempfile.mkdtemp(prefix=BYSTANDER, dir='/tmp')}"]
+    with log.open("wb") as output:
+        started = subprocess.Popen([*slurm.inside(host), *RAY, *words], stdout=output, stderr=output)
+    until(lambda: "Ray runtime started." in log.read_text(), 60, log.read_text)
+    return started
 
 
 def jobs_of(run: Path) -> list[str]:
@@ -108,16 +127,32 @@ def test_print_shows_the_script_and_writes_nothing(submitting: Path, repository:
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
-def test_cancel_lets_the_run_save_and_leaves_nothing(slurm: Any, submitting: Path, repository: Path) -> None:
+def test_cancel_lets_the_run_save_and_leaves_nothing_but_others_clusters(
+    slurm: Any, submitting: Path, repository: Path
+) -> None:
     config = configure(submitting, repository, training={"max_steps": 100_000})
     run = submitting / "small"
+    bystander = start_ray_on_a_host(slurm, 1)
     assert launcher("submit", "slurm", config, "--detach", cwd=submitting).returncode == 0
     until(lambda: len(train_rows(run)) > 5, 120, lambda: log_of(run))
     cancelled = launcher("cancel", run, cwd=submitting, timeout=120)
     assert cancelled.returncode == 0, cancelled.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{len(train_rows(run))}"]
     assert "exit code 75" in launcher("status", run, cwd=submitting).stdout
-    until(lambda: not any("ray" in command for command in slurm.processes()), 20, lambda: str(slurm.processes()))
+
+    def left() -> list[str]:
+        return [command for command in slurm.processes() if "ray" in command and BYSTANDER not in command]
+
+    until(lambda: not left(), 20, lambda: str(left()))
+    # A Ray cluster of the same user on the same host has not noticed.
+    try:
+        assert bystander.poll() is None
+        alive = [*slurm.inside(1), *RAY, "health-check", "--address", f"{os.environ['SLURM_TEST_NET']}.1:6379"]
+        subprocess.run(alive, check=True, capture_output=True, timeout=60)
+    finally:
+        bystander.terminate()
+        bystander.wait(30)
+    until(lambda: not any(BYSTANDER in command for command in slurm.processes()), 20, lambda: str(slurm.processes()))
 
 
 @pytest.mark.slow
@@ -209,3 +244,48 @@ def test_split_stages_run_one_after_the_other_and_end_at_the_first_failure(
     again = launcher("submit", "slurm", config, *own, "--split-stages", cwd=submitting, timeout=100)
     assert again.returncode == 0, again.stderr
     assert len(jobs_of(run)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_slurmd_that_is_killed_leaves_an_attempt_that_cannot_write_beside_its_successor(
+    slurm: Any, submitting: Path, repository: Path
+) -> None:
+    training = {"max_steps": 1500, "checkpoint_every": 50, "num_workers": 1}
+    config = configure(submitting, repository, training=training, nodes=1)
+    run = submitting / "small"
+    assert launcher("submit", "slurm", config, "--detach", cwd=submitting).returncode == 0
+    (job,) = jobs_of(run)
+    until(lambda: len(train_rows(run)) > 100, 120, lambda: log_of(run))
+    host = re.search(r"BatchHost=n(\d)", slurm.command("scontrol", "show", "job", job))[1]
+    stopped = stop_training(slurm, host)
+    try:
+        # The host is lost to Slurm, which starts the job on the other one; the first attempt is only stopped.
+        assert slurm.act("kill-slurmd", host).returncode == 0
+        until((run / "slurm" / f"{job}.1" / "address").exists, 120, lambda: log_of(run))
+        held = len(train_rows(run))
+        until(lambda: len(train_rows(run)) > held + 20, 120, lambda: log_of(run))
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+        until(lambda: "has taken the run over" in log_of(run), 60, lambda: log_of(run))
+        followed = launcher("logs", run, "--follow", cwd=submitting, timeout=300)
+    finally:
+        slurm.act("kill", host)
+        slurm.act("start", host)
+    assert followed.returncode == 0, log_of(run)
+    assert [row["step"] for row in train_rows(run)] == list(range(1, 1501))
+    assert (run / "report.html").is_file()
+    assert not (run / "stop").exists()
+
+
+def stop_training(slurm: Any, host: str) -> list[psutil.Process]:
+    """SIGSTOP for the launcher and the workers of a host, as if it slept."""
+    init = psutil.Process(int((slurm.folder / f"n{host}/pid").read_text()))
+    words = ("-m launcher run", "RayTrainWorker")
+    found = [
+        process for process in init.children(recursive=True) if any(w in " ".join(process.cmdline()) for w in words)
+    ]
+    assert len(found) >= 2, [process.cmdline() for process in init.children(recursive=True)]
+    for process in found:
+        process.send_signal(signal.SIGSTOP)
+    return found
