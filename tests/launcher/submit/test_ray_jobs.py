@@ -94,8 +94,8 @@ class RayCluster:
         next(process for process in _family(victim.pid) if process.name() == "raylet").kill()
 
     def busy(self, of: str) -> bool:
-        """Whether such a process runs on any node."""
-        return any(_runs(node.pid, of) for node in self.nodes)
+        """Whether such a process runs on any node but the head."""
+        return any(_runs(node.pid, of) for node in self.nodes[1:])
 
     def log(self, number: int) -> str:
         return (self.folder / f"n{number}.log").read_text(errors="replace")
@@ -199,9 +199,7 @@ def test_two_runs_of_a_sweep_side_by_side_do_not_disturb_each_other_and_outlive_
 
     members = [sweep / f"{n}-checkpoint_every-{n}000" for n in (1, 2)]
     until(lambda: all(train_rows(member) for member in members), 200, output)
-    both = [(member / "generate.record.json").exists() for member in members]
-    assert both == [False, False]
-    until(lambda: ray_nodes.busy("vLLM") or ray_nodes.busy("VLLM"), 200, output)
+    until(lambda: ray_nodes.busy("vLLM"), 200, output)
     ray_nodes.kill_raylet("vLLM")
 
     followed = launcher("logs", sweep, *place, "--follow", cwd=submitting, timeout=500, **known)
