@@ -27,6 +27,26 @@ class ModelSource(Section):
     )
 
 
+class HarnessConfig(Section):
+    """EleutherAI's lm-evaluation-harness after the answers; a bare list of tasks stands for one with defaults."""
+
+    tasks: list[str] = Field(min_length=1, description="Tasks and groups, by the harness's names.")
+    models: list[str] = Field(["base", "tuned"], min_length=1, description="The models that are measured.")
+    include_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of tasks of your own; their code is run, and their data files are looked up from there.",
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="Examples before each question; null: the task's own.")
+    limit: int | None = Field(None, ge=1, description="Documents of each task; null: all.")
+    apply_chat_template: bool = Field(False, description="Put each prompt into the model's own chat template.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_alone(cls, value: object) -> object:
+        return {"tasks": value} if isinstance(value, list) else value
+
+
 class GenerationConfig(Section):
     """How the models answer the test set: vLLM engines and sampling."""
 
@@ -49,6 +69,17 @@ class GenerationConfig(Section):
     )
     gpu_memory_share: float = Field(0.9, gt=0, lt=1, description="Share of a GPU's memory for one engine.")
     cpu_cache_gib: float = Field(1.0, gt=0, description="Key-value cache of one engine on a CPU, in GiB.")
+    lm_eval: HarnessConfig | None = Field(
+        None, description="Benchmarks of the lm-evaluation-harness, by vLLM; needs the extra lm-eval."
+    )
+
+    @model_validator(mode="after")
+    def _measured_models_have_weights(self) -> Self:
+        known = {"base", "tuned", *(name for name, model in self.models.items() if isinstance(model, ModelSource))}
+        for name in [] if self.lm_eval is None else self.lm_eval.models:
+            if name not in known:
+                raise ValueError(f"lm_eval.models: {name} is not one of {', '.join(sorted(known))}")
+        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:

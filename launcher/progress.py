@@ -31,12 +31,16 @@ def describe(row: dict[str, Any], steps_per_s: float | None) -> str:
         f"step {row['step']}/{row['max_steps']}",
         f"loss {row['loss']:.4f}",
         f"lr {row['lr']:.2e}",
-        f"{row['tokens_per_s']:,.0f} tokens/s",
+        f"grad norm {row['grad_norm']:.3g}" if row.get("grad_norm") is not None else "",
+        f"{row['tokens_per_s_per_device']:,.0f} tokens/s a device",
+        f"MFU {row['mfu']:.1%}",
+        f"{row['memory_bytes'] / 2**30:.1f} GiB",
+        f"padding {row['padding_share']:.1%}",
     ]
     if steps_per_s:
         left_s = round((row["max_steps"] - row["step"]) / steps_per_s)
         parts.append(f"ETA {left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d}")
-    return "  ".join(parts)
+    return "  ".join(part for part in parts if part)
 
 
 class MetricsFollower:

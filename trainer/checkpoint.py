@@ -39,6 +39,7 @@ from trainer.stored import (
     DAMAGED,
     FORMAT,
     KINDS,
+    Kind,
     StoredTensors,
     checkpoints_dir,
     damage_of,
@@ -302,21 +303,31 @@ def _tensors_of_this_rank(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     with _together("collecting what is to be saved"):
         here = engine_state.fragments(engine)
-        for name, tensor in engine_state.own_moments(engine, here).items() if has_own_moments else ():
+        if has_own_moments:
+            tensors |= {f"moments/{name}": tensor for name, tensor in engine_state.own_moments(engine, here).items()}
+        for of_one_master, is_passing in engine_state.by_master(engine, here):
+            for fragment in of_one_master:
+                parts = _parts_of(engine, fragment, kinds)
+                tensors |= {name: part.clone() for name, part in parts.items()} if is_passing else parts
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise TrainerError(f"the optimizer's {name} is not finite, so it is not saved")
-            tensors[f"moments/{name}"] = tensor
-        for fragment in here:
-            first, end = 0, fragment.numel
-            if engine_state.is_replicated(engine):  # every rank has all of it, so each writes an equal part
-                rank, world_size = dist.get_rank(), dist.get_world_size()
-                first, end = fragment.numel * rank // world_size, fragment.numel * (rank + 1) // world_size
-            for kind in kinds if end > first else ():
-                part = engine_state.view(engine, fragment, kind)[first:end]
-                if not part.isfinite().all():
-                    raise TrainerError(f"{kind} of {fragment.name} is not finite, so it is not saved")
-                tensors[f"{kind}/{fragment.start + first}/{fragment.name}"] = part
+                kind, _, parameter = name.split("/", 2)
+                raise TrainerError(f"{kind} of {parameter} is not finite, so it is not saved")
     return tensors | _generators()
+
+
+def _parts_of(
+    engine: DeepSpeedEngine, fragment: engine_state.Fragment, kinds: tuple[Kind, ...]
+) -> dict[str, torch.Tensor]:
+    """What this rank writes of a fragment; where every rank has all of it, an equal part each."""
+    first, end = 0, fragment.numel
+    if engine_state.is_replicated(engine):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        first, end = fragment.numel * rank // world_size, fragment.numel * (rank + 1) // world_size
+    return {
+        f"{kind}/{fragment.start + first}/{fragment.name}": engine_state.view(engine, fragment, kind)[first:end]
+        for kind in (kinds if end > first else ())
+    }
 
 
 def _make_room(partial: Path, num_bytes: int, attempt: int) -> None:

@@ -82,8 +82,6 @@ def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     parameters = trainable(engine)
     match optimizer:
         case DeepSpeedZeroOptimizer_Stage3():
-            if optimizer.swap_optimizer:
-                raise TrainerError("an optimizer that is swapped to NVMe can not be saved: offload it to cpu")
             return list(_fragments_of_slices(optimizer, parameters))
         case DeepSpeedZeroOptimizer() | BF16_Optimizer():
             return list(_fragments_of_flat_slices(optimizer, parameters))
@@ -134,6 +132,36 @@ def _fragments_of_flat_groups(optimizer: FP16_Optimizer, names: dict[int, str]) 
         for parameter in group:
             yield Fragment(names[id(parameter)], 0, parameter.numel(), master, offset)
             offset += parameter.numel()
+
+
+def by_master(engine: DeepSpeedEngine, here: list[Fragment]) -> Iterator[tuple[list[Fragment], bool]]:
+    """The fragments of one master tensor after the other, with the tensor and its moments in memory.
+
+    Where the optimizer is offloaded to NVMe, DeepSpeed holds them there; they are read before a tensor's turn and
+    written after it, so that no more than one tensor's share is in memory.
+
+    Args:
+        engine: The engine.
+        here: Its fragments.
+
+    Yields:
+        A tensor's fragments, and whether their views are only good until the next turn.
+    """
+    optimizer = engine.optimizer
+    groups: dict[int, list[Fragment]] = {}
+    for fragment in here:
+        groups.setdefault(id(fragment.master), []).append(fragment)
+    swapped = {}
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        flat = enumerate(optimizer.fp32_partitioned_groups_flat)
+        swapped = {id(master): n for n, master in flat if optimizer._swappable_optimizer_subgroup(n)}
+    for master, fragments_of_it in groups.items():
+        if master not in swapped:
+            yield fragments_of_it, False
+            continue
+        optimizer._optimizer_states_and_gradient_swap_in(swapped[master])
+        yield fragments_of_it, True
+        optimizer._optimizer_states_and_gradient_swap_out(swapped[master])
 
 
 def view(engine: DeepSpeedEngine, fragment: Fragment, kind: Kind) -> torch.Tensor:
@@ -221,28 +249,26 @@ def _masters(here: list[Fragment]) -> list[torch.Tensor]:
     return list({id(fragment.master): fragment.master for fragment in here}.values())
 
 
-def prepare_moments(engine: DeepSpeedEngine, here: list[Fragment], num_steps: int) -> None:
+def prepare_moments(engine: DeepSpeedEngine, master: torch.Tensor, num_steps: int) -> None:
     """Give Adam the state that it would make itself in its first step, as after `num_steps` steps.
 
     Args:
         engine: A fresh engine.
-        here: Its fragments.
-        num_steps: Adam's own count of its steps.
+        master: The tensor whose state it is.
+        num_steps: Adam's own count of its steps; for 0 there is no state.
     """
-    optimizer = engine.basic_optimizer
-    optimizer.state.clear()
     if num_steps == 0:
         return
-    for master in _masters(here):
-        step: int | torch.Tensor = num_steps
-        if isinstance(optimizer, torch.optim.Adam):  # AdamW too; torch counts in a float tensor
-            on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-            step = torch.tensor(float(num_steps), device=master.device if on_device else "cpu")
-        optimizer.state[master] = {
-            "step": step,
-            "exp_avg": torch.zeros_like(master, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-        }
+    optimizer = engine.basic_optimizer
+    step: int | torch.Tensor = num_steps
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW too; torch counts in a float tensor
+        on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+        step = torch.tensor(float(num_steps), device=master.device if on_device else "cpu")
+    optimizer.state[master] = {
+        "step": step,
+        "exp_avg": torch.zeros_like(master, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+    }
 
 
 def load(engine: DeepSpeedEngine, read: Read, num_steps: int) -> None:
@@ -256,12 +282,13 @@ def load(engine: DeepSpeedEngine, read: Read, num_steps: int) -> None:
         read: Where the elements come from.
         num_steps: Adam's own count of its steps; of bitsandbytes' moments only the weights are loaded here.
     """
-    here = fragments(engine)
     kinds = KINDS if num_steps and not has_own_moments(engine) else KINDS[:1]
-    prepare_moments(engine, here, num_steps if len(kinds) > 1 else 0)
-    for fragment in here:
-        for kind in kinds:
-            view(engine, fragment, kind).copy_(read(kind, fragment.name, fragment.start, fragment.numel))
+    engine.basic_optimizer.state.clear()
+    for of_one_master, _ in by_master(engine, fragments(engine)):
+        prepare_moments(engine, of_one_master[0].master, num_steps if len(kinds) > 1 else 0)
+        for fragment in of_one_master:
+            for kind in kinds:
+                view(engine, fragment, kind).copy_(read(kind, fragment.name, fragment.start, fragment.numel))
     if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         for name, parameter in trainable(engine).items():  # the forward pass's weights, rounded as a step rounds them
             parameter.data.copy_(read("weight", name, 0, parameter.numel()).view_as(parameter))
@@ -273,7 +300,8 @@ def refresh(engine: DeepSpeedEngine) -> None:
         return
     parameters = trainable(engine)
     engine.optimizer.checkpoint_event_prologue()  # whole parameters back to slices
-    for fragment in fragments(engine):
-        weight = view(engine, fragment, "weight")
-        parameters[fragment.name].ds_tensor.data.view(-1).narrow(0, 0, fragment.numel).copy_(weight)
+    for of_one_master, _ in by_master(engine, fragments(engine)):
+        for fragment in of_one_master:
+            weight = view(engine, fragment, "weight")
+            parameters[fragment.name].ds_tensor.data.view(-1).narrow(0, 0, fragment.numel).copy_(weight)
     engine.optimizer.checkpoint_event_epilogue()  # DeepSpeed keeps small parameters whole

@@ -406,6 +406,7 @@ def train_row(
         "padding_share": 1 - batch.num_tokens / batch.num_slots,
         "step_s": step_s,
         "tokens_per_s": batch.num_tokens / step_s,
+        "tokens_per_s_per_device": batch.num_tokens / step_s / run.found.world_size,
         "wait_s": outcome.wait_s,
         "memory_bytes": memory_bytes(run.found.device),
         "mfu": run.arithmetic.utilisation(batch.num_tokens, squared_lengths(batch, run.found), step_s),

@@ -51,6 +51,10 @@ from trainer.trackers import log_row, open_trackers
 from trainer.tuning import apply_tuning, optimizer_for, parameter_counts, quantization
 from trainer.zero import deepspeed_dict
 
+SHOWN = (
+    *("kind", "step", "max_steps", "loss", "lr", "grad_norm", "tokens_per_s_per_device", "mfu", "memory_bytes"),
+    *("padding_share", "eta_s", "stalled_s", "write_s", "cause"),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -330,25 +334,12 @@ def earlier_losses(step: int, found: Found) -> list[float]:
 
 def print_row(row: dict[str, Any]) -> None:
     """One line for a row of the metrics, from the first rank."""
-    if dist.get_rank() == 0:
-        shown = (
-            "kind",
-            "step",
-            "max_steps",
-            "loss",
-            "lr",
-            "grad_norm",
-            "tokens_per_s",
-            "mfu",
-            "stalled_s",
-            "write_s",
-            "cause",
-        )
-        values = {name: row[name] for name in shown if row.get(name) is not None}
-        print(
-            *(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in values.items()),
-            flush=True,
-        )
+    if dist.get_rank():
+        return
+    if row["kind"] == "train":
+        row = row | {"eta_s": (row["max_steps"] - row["step"]) * row["step_s"]}
+    values = {name: row[name] for name in SHOWN if row.get(name) is not None}
+    print(*(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in values.items()), flush=True)
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 
 Kinds: any signal, which the rank sends to itself `delay_s` after the step; `nan_loss` and `nan_gradient`, where the
 row with token 255 gives a loss or a gradient that is not finite; `lock`, where the rank sleeps after the step in C code
-that keeps the interpreter's lock. The worker itself is the product's, unchanged.
+that keeps the interpreter's lock. The worker itself is the product's, unchanged, but that "fp16_on_cpu" lifts the
+refusals of fp16 (see exactness_worker.py).
 """
 
 import ctypes
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from trainer import worker
 from trainer.config import load_trainer_config
@@ -42,6 +44,9 @@ def poison(engine, kind):
 def main():
     config_path, run_dir, what = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     kind = what.get("kind", "")
+    if what.get("fp16_on_cpu"):
+        worker.device_problems = lambda *_, **__: []
+        CPU_Accelerator.is_fp16_supported = lambda _: True
     if kind.startswith("nan"):
         build_engine = worker.build_engine
         worker.build_engine = lambda config, found: poison(build_engine(config, found), kind)

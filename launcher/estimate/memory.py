@@ -176,12 +176,14 @@ def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Memory:
     frozen = shape.num_weights - trained if config.tuning.method in ("full", "freeze") else shape.num_weights
     frozen_bytes = int(frozen * (0.55 if isinstance(config.tuning, QloraTuning) else element))
     share = training.num_workers if stage else 1
+    masters = 0 if element == FP32 and stage == 0 else FP32
+    moment = 1 if training.optimizer.endswith("8bit") else FP32
     weights = (trained * element + frozen_bytes) // (training.num_workers if stage == 3 else 1)
     activations, logits = _activations(config, shape, element, on_gpu=on_gpu)
     parts = {
         "weights": weights,
         "gradients": _gradients(trained, element, stage, training.num_workers),
-        "optimizer": (2 if element == FP32 and stage == 0 else 3) * FP32 * trained // share,
+        "optimizer": (masters + 2 * moment) * trained // share,
         "buffers": _buffers(config, shape, trained, element, on_gpu=on_gpu),
         "activations": activations,
         "logits": logits,
