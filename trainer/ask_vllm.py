@@ -3,8 +3,9 @@
     python -m trainer.ask_vllm QUESTION.json ANSWERS.json
 
 The question holds `model`, `adapter` (or null), `adapter_rank`, `prompts` (token ids), `max_tokens`, `engine` (further
-engine arguments). An answer holds the `token_ids` chosen greedily and their `logprobs`. A process, because vLLM keeps
-what it took of the device until its process ends.
+engine arguments). What comes back holds `answers`, of each prompt the `token_ids` chosen greedily and their `logprobs`,
+and `settings`, the model's configuration as vLLM has it. A process, because vLLM keeps what it took of the device until
+its process ends.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 
 
-def answer(question: dict[str, Any]) -> list[dict[str, Any]]:
+def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Complete the prompts greedily.
 
     Args:
         question: See above.
 
     Returns:
-        For each prompt its response's token ids, the stop token included, and their log-probabilities.
+        For each prompt its response's token ids, the stop token included, and their log-probabilities; the settings.
     """
     adapter = question["adapter"]
     lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": question["adapter_rank"]} if adapter else {}
@@ -43,9 +44,9 @@ def answer(question: dict[str, Any]) -> list[dict[str, Any]]:
         places: Any = output.outputs[0].logprobs  # one dictionary of token id to log-probability a place
         chosen = [place[token].logprob for place, token in zip(places, ids, strict=True)]
         answers.append({"token_ids": ids, "logprobs": chosen})
-    return answers
+    return {"answers": answers, "settings": engine.model_config.hf_config.to_dict()}
 
 
 if __name__ == "__main__":
-    answers = answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
+    answered = answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(answered, default=str), encoding="utf-8")

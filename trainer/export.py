@@ -24,23 +24,27 @@ from transformers import (
 )
 
 from trainer import sealed
+from trainer.base_files import base_digests, refuse_other_base
 from trainer.config import LoraTuning, PromptTuning, QloraTuning, TrainerConfig
 from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
 from trainer.export_gate import (
     TOLERANCES,
+    Served,
     ask_vllm,
     check_loss,
     compare_with_vllm,
     device_of_the_gate,
+    differing_settings,
     read_prompts,
     row_by_row_loss,
+    settings_of,
 )
 from trainer.model import base_folder, causal_lm
 from trainer.stored import StoredTensors, newest
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,19 @@ class Job:
         return _DTYPES[self.config.training.precision]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the folder must hold.
+
+    Attributes:
+        settings: Of the network and its adapter, as trained.
+        digests: SHA-256 of every parameter that goes into it, by name.
+    """
+
+    settings: dict[str, Any]
+    digests: dict[str, str]
+
+
 def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
     """Write run_dir/model from the newest whole checkpoint.
 
@@ -98,24 +115,18 @@ def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
     if checkpoint is None:
         raise TrainerError(f"{run_dir} has no checkpoint to export: train first")
     content, files = sealed.read_seal(checkpoint)
+    _refuse_changed_base(config, run_dir, content["base"])
     job = Job(config, run_dir, _tokenizer(run_dir / "data" / "tokenizer"), content["validation_loss"])
+    with StoredTensors(checkpoint, [file.name for file in files]) as stored:
+        model, found = _model_to_export(job, content["parameters"], stored)
+    expected = Expected(settings_of(model), _digests(model, job.dtype, trained_only=job.gives_adapter))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     final = run_dir / "model"
     partial = final.with_name(final.name + sealed.PARTIAL)
-    found: dict[str, Any] = {}
-    with StoredTensors(checkpoint, [file.name for file in files]) as stored:
-        if config.export.merge:
-            as_trained = _trained_model(job, content["parameters"], stored).to(device_of_the_gate())
-            found["loss_before_merge"] = row_by_row_loss(as_trained, _validation(job))
-            del as_trained
-        model = _trained_model(job, content["parameters"], stored, dequantized=True)
-    if config.export.merge:
-        model = model.merge_and_unload().to(job.dtype)
     _set_generation(model, job.tokenizer)
-    digests = _digests(model, job.dtype, trained_only=job.gives_adapter)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     _write(model, job.tokenizer, partial)
     del model
-    found |= _gate(job, partial, digests)
+    found |= _gate(job, partial, expected)
     _put_in_place(partial, final)
     return {
         "checkpoint": checkpoint.name,
@@ -134,6 +145,12 @@ def _refuse_what_cannot_be(config: TrainerConfig) -> None:
         raise TrainerError(
             f"export.merge is for lora and qlora; tuning.method {config.tuning.method} has nothing to merge"
         )
+
+
+def _refuse_changed_base(config: TrainerConfig, run_dir: Path, trained_on: dict[str, str] | None) -> None:
+    if trained_on is not None:
+        weights = any(name.endswith(".safetensors") for name in trained_on)
+        refuse_other_base(trained_on, base_digests(config.model, run_dir, weights=weights))
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -156,6 +173,17 @@ def _load_base(job: Job, *, quantized: bool) -> Any:  # noqa: ANN401
     )
     keep_weights_trainable_on_cpu(model)  # bitsandbytes would round their constants at the first evaluation
     return model.eval()
+
+
+def _model_to_export(job: Job, shapes: dict[str, list[int]], stored: StoredTensors) -> tuple[Any, dict[str, Any]]:
+    """The model that is written, merged if asked for; and the loss before merging. Never two models at a time."""
+    if not job.config.export.merge:
+        return _trained_model(job, shapes, stored, dequantized=True), {}
+    as_trained = _trained_model(job, shapes, stored).to(device_of_the_gate())
+    loss = row_by_row_loss(as_trained, _validation(job))
+    del as_trained
+    model = _trained_model(job, shapes, stored, dequantized=True).merge_and_unload()
+    return model.to(job.dtype), {"loss_before_merge": loss}
 
 
 def _trained_model(job: Job, shapes: dict[str, list[int]], stored: StoredTensors, *, dequantized: bool = False) -> Any:  # noqa: ANN401 - transformers' or PEFT's
@@ -268,25 +296,27 @@ def _put_in_place(partial: Path, final: Path) -> None:
 # --- the gate -------------------------------------------------------------------------------------
 
 
-def _gate(job: Job, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
+def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
     """Load the folder as a user would and compare it with what was trained.
 
     Args:
         job: What is exported.
         folder: What was written.
-        digests: SHA-256 of every parameter that should be in it.
+        expected: What should be in it.
 
     Returns:
         Measurements for the record.
 
     Raises:
-        TrainerError: A tensor, the tokenizer, the stop token, the loss or vLLM's answers are not as they should be.
+        TrainerError: A tensor, a setting, the tokenizer, the stop token, the loss or vLLM's answers are not as they
+            should be.
     """
     tolerance = TOLERANCES[job.config.training.precision]
-    answers, prompts = _ask(job, folder)  # first: vLLM wants the device for itself
+    served, prompts = _ask(job, folder)  # first: vLLM wants the device for itself
     _check_tokenizer(folder, job.tokenizer)
     model = _load_again(job, folder, quantized=True)
-    _check_tensors(_digests(model, job.dtype, trained_only=False), digests, folder)
+    _check_tensors(_digests(model, job.dtype, trained_only=False), expected.digests, folder)
+    _check_settings(settings_of(model), expected.settings, folder)
     loss = row_by_row_loss(model.to(device_of_the_gate()), _validation(job))
     check_loss(job.trained_loss, loss, tolerance.loss)
     measured: dict[str, Any] = {
@@ -296,15 +326,16 @@ def _gate(job: Job, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
         "vllm": None,
     }
     if job.gives_adapter and isinstance(job.config.tuning, QloraTuning):  # served on the base as it is, not in 4 bits
+        del model
         model = _load_again(job, folder, quantized=False).to(device_of_the_gate())
         measured["served_loss"] = row_by_row_loss(model, _validation(job))
-    if answers is not None:
+    if served is not None:
         stops = set() if job.gives_adapter else _stops(folder)  # beside an adapter vLLM goes by the base's stops
-        measured["vllm"] = compare_with_vllm(model, prompts, answers, stops, tolerance.logprob)
+        measured["vllm"] = compare_with_vllm(model, prompts, served, stops, tolerance.logprob)
     return measured
 
 
-def _ask(job: Job, folder: Path) -> tuple[list[dict[str, Any]] | None, list[list[int]]]:
+def _ask(job: Job, folder: Path) -> tuple[Served | None, list[list[int]]]:
     """vLLM's answers and the prompts; None where it is not asked, or cannot serve such an adapter."""
     tuning = job.config.tuning
     unserved = job.gives_adapter and (isinstance(tuning, PromptTuning) or getattr(tuning, "dora", False))
@@ -331,6 +362,15 @@ def _check_tensors(found: dict[str, str], digests: dict[str, str], folder: Path)
             raise TrainerError(f"the exported folder {folder} does not hold {name}")
         if found[name] != digest:
             raise TrainerError(f"{name} in the exported folder {folder} is not what was trained")
+
+
+def _check_settings(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
+    differing = differing_settings(expected, found)
+    if differing:
+        raise TrainerError(
+            f"the exported folder {folder} does not load with the training's settings: {'; '.join(differing)} (trained "
+            "first, exported second)"
+        )
 
 
 def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

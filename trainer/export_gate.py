@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
 from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
+from trainer.model import causal_lm
 
 _MAX_TOKENS = 16
 _VLLM_TIMEOUT_S = 1800.0
+_NOT_COMPARED = {
+    *("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "revision", "auto_mapping"),
+    *("dtype", "torch_dtype", "quantization_config", "use_cache", "inference_mode", "init_lora_weights"),
+    *("eos_token_id", "pad_token_id", "bos_token_id"),  # the tokenizer's: compared with it
+}
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only values that it takes for its largest rank
 
 
@@ -37,7 +44,11 @@ class Tolerance:
     logprob: float
 
 
-TOLERANCES = {"fp32": Tolerance(loss=1e-3, logprob=0.01), "bf16": Tolerance(loss=0.02, logprob=0.25)}
+TOLERANCES = {
+    "fp32": Tolerance(loss=1e-3, logprob=0.01),
+    "fp16": Tolerance(loss=5e-3, logprob=0.1),
+    "bf16": Tolerance(loss=0.02, logprob=0.25),
+}
 
 
 def device_of_the_gate() -> torch.device:
@@ -71,6 +82,49 @@ def row_by_row_loss(model: nn.Module, split: PackedSplit) -> float:
     return total / num_target_tokens
 
 
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """What a network computes with beside its weights: its configuration, and its adapter's.
+
+    Args:
+        model: Of transformers or PEFT.
+
+    Returns:
+        JSON-able values by name; without what says where it came from, how it is held, and where generation stops.
+    """
+    settings = _comparable(causal_lm(model).config.to_dict())
+    if isinstance(model, PeftModel):
+        adapter = _comparable(model.active_peft_config.to_dict())
+        settings |= {f"adapter's {name}": value for name, value in adapter.items()}
+    return settings
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    as_json = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return {name: value for name, value in json.loads(as_json).items() if name not in _NOT_COMPARED}
+
+
+def differing_settings(trained: dict[str, Any], other: dict[str, Any], *, only_common: bool = False) -> list[str]:
+    """Where two networks' settings differ. Pure.
+
+    >>> differing_settings({"rope_theta": 1e4, "hidden_size": 8}, {"rope_theta": 3.0}, only_common=True)
+    ['rope_theta is 10000.0 and 3.0']
+
+    Args:
+        trained: The training's.
+        other: Somebody else's.
+        only_common: Whether to pass over what only one of them has.
+
+    Returns:
+        A phrase for each.
+    """
+    names = trained.keys() & other.keys() if only_common else trained.keys() | other.keys()
+    return [
+        f"{name} is {trained.get(name)} and {other.get(name)}"
+        for name in sorted(names)
+        if trained.get(name) != other.get(name)
+    ]
+
+
 def check_loss(trained: float | None, exported: float, tolerance: float) -> None:
     """Refuse a folder whose loss is not the trainer's. Pure.
 
@@ -85,7 +139,8 @@ def check_loss(trained: float | None, exported: float, tolerance: float) -> None
     if trained is not None and not abs(exported - trained) <= tolerance:
         raise TrainerError(
             f"the exported model has validation loss {exported:.5f}, the trainer measured {trained:.5f} (tolerance "
-            f"{tolerance}), with the same tensors: the model's configuration or attention differs from the training's"
+            f"{tolerance}), with the same tensors and settings: its attention differs from the training's (export "
+            "loads transformers' own), or data/validation is not what was trained beside"
         )
 
 
@@ -113,9 +168,20 @@ def read_prompts(run_dir: Path, count: int) -> list[list[int]]:
         ) from error
 
 
-def ask_vllm(
-    model: Path | str, adapter: Path | None, rank: int, prompts: list[list[int]], precision: str
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Served:
+    """What vLLM gave.
+
+    Attributes:
+        answers: For each prompt `token_ids` and their `logprobs`.
+        settings: The network's configuration as vLLM has it.
+    """
+
+    answers: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+
+def ask_vllm(model: Path | str, adapter: Path | None, rank: int, prompts: list[list[int]], precision: str) -> Served:
     """vLLM's greedy answers, from a process of its own.
 
     Args:
@@ -123,17 +189,17 @@ def ask_vllm(
         adapter: LoRA folder that it serves on top, or None.
         rank: Rank of the adapter.
         prompts: Token ids.
-        precision: fp32 or bf16, what is computed with.
+        precision: fp32, fp16 or bf16, what is computed with.
 
     Returns:
-        For each prompt `token_ids` and their `logprobs`.
+        Its answers and settings.
 
     Raises:
         TrainerError: vLLM did not load the model, or died; with its own last words.
     """
     longest = max(len(ids) for ids in prompts) + _MAX_TOKENS
     engine: dict[str, Any] = {"max_model_len": longest, "disable_log_stats": True, "max_num_seqs": len(prompts)}
-    engine["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    engine["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     # The one place where the trainer steers a library through the environment: vLLM offers no argument for these.
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     engine["enforce_eager"] = True  # compiling costs more than it saves on a few prompts
@@ -159,8 +225,7 @@ def ask_vllm(
         if done.returncode or not answered.exists():
             words = "\n".join(done.stderr.strip().splitlines()[-15:])
             raise TrainerError(f"vLLM could not answer with the exported model {model}:\n{words}")
-        answers: list[dict[str, Any]] = json.loads(answered.read_text(encoding="utf-8"))
-    return answers
+        return Served(**json.loads(answered.read_text(encoding="utf-8")))
 
 
 def disagreement(
@@ -198,14 +263,14 @@ def disagreement(
 
 @torch.no_grad()
 def compare_with_vllm(
-    model: nn.Module, prompts: list[list[int]], answers: list[dict[str, Any]], stops: set[int], tolerance: float
+    model: nn.Module, prompts: list[list[int]], served: Served, stops: set[int], tolerance: float
 ) -> dict[str, Any]:
     """Compare vLLM's answers with transformers', token by token along vLLM's own answer.
 
     Args:
         model: The exported folder as transformers loads it, in evaluation mode.
         prompts: Token ids.
-        answers: What `ask_vllm` gave.
+        served: What `ask_vllm` gave.
         stops: Tokens at which an answer has to end.
         tolerance: Largest difference of log-probabilities, in nats.
 
@@ -213,20 +278,25 @@ def compare_with_vllm(
         Numbers for the record.
 
     Raises:
-        TrainerError: They do not agree; the first place is named.
+        TrainerError: They do not agree; the first place is named, and the settings that vLLM has otherwise.
     """
     device = next(model.parameters()).device
     differences: list[float] = []
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for number, (prompt, answer) in enumerate(zip(prompts, served.answers, strict=True)):
         ids, claimed = answer["token_ids"], answer["logprobs"]
         logits = model(input_ids=torch.tensor([prompt + ids], device=device), use_cache=False).logits[0]
         logprobs = logits[len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
         words = disagreement(logprobs, ids, claimed, stops, tolerance)
         if words is not None:
+            differing = differing_settings(settings_of(model), _comparable(served.settings), only_common=True)
+            cause = (
+                f"settings that differ (transformers first, vLLM second): {'; '.join(differing)}"
+                if differing
+                else "no setting differs either, so vLLM computes this architecture otherwise"
+            )
             raise TrainerError(
                 f"vLLM does not answer like transformers with the exported model (tolerance {tolerance}): prompt "
-                f"{number}, {words}. Tensors and tokenizer are those of the training, so vLLM's implementation of this "
-                "architecture or a setting in config.json or generation_config.json differs"
+                f"{number}, {words}. Tensors and tokenizer are those of the training; {cause}"
             )
         differences += (logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(claimed)).abs().tolist()
     return {

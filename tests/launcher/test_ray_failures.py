@@ -34,13 +34,13 @@ def workers() -> list[psutil.Process]:
     return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
-def killer(run_dir: Path, *at_steps: int) -> Callable[[], None]:
-    """Kills one of the two workers when a step is reached, once for each of the steps."""
+def killer(run_dir: Path, *at_steps: int, number: int = signal.SIGKILL) -> Callable[[], None]:
+    """Sends a signal to one of the two workers when a step is reached, once for each of the steps."""
     waiting = list(at_steps)
 
     def tick() -> None:
         if waiting and reached(run_dir) >= waiting[0] and len(found := workers()) == 2:
-            os.kill(found[len(waiting) % 2].pid, signal.SIGKILL)
+            os.kill(found[len(waiting) % 2].pid, number)
             waiting.pop(0)
 
     return tick
@@ -82,6 +82,17 @@ def test_a_worker_killed_in_a_step_is_replaced_and_the_run_goes_on_by_itself(who
     assert "the workers failed and are started again from the newest checkpoint" in told[0]
     assert counts["steps"] == STEPS
     assert int(str(counts["resumed_at_step"])) >= 20
+    assert_same_run(run_dir, whole)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced_and_the_stacks_are_saved(whole: Path, tmp_path: Path) -> None:
+    run_dir = fresh_copy(whole, tmp_path / "run", hang_timeout_s=5.0)
+    _, told = train(run_dir, killer(run_dir, 30, number=signal.SIGSTOP))
+    assert len(told) == 1
+    stacks = [path.read_text() for path in (run_dir / "incidents").glob("hang-*")]
+    assert len(stacks) == 2
+    assert all("trainer/loop.py" in text for text in stacks)
     assert_same_run(run_dir, whole)
 
 

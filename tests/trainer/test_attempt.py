@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.resumed_runs import write_run
+from trainer import stored
 from trainer.attempt import Attempt
 from trainer.errors import TrainerError
 
@@ -52,7 +53,7 @@ def until(reached: int, run_dir: Path, process: subprocess.Popen[str]) -> None:
 
 def test_an_attempt_that_wakes_up_beside_its_successor_writes_nothing(tmp_path: Path, tiny_base: Path) -> None:
     run_dir = write_run(
-        tmp_path / "run", tiny_base, num_workers=1, max_steps=300, num_epochs=100, checkpoint_every=1000
+        tmp_path / "run", tiny_base, num_workers=1, max_steps=300, num_epochs=100, checkpoint_every=5
     )
     command = [sys.executable, "-m", "trainer.worker", str(run_dir / "config.yaml"), "--run-dir", str(run_dir)]
 
@@ -77,3 +78,7 @@ def test_an_attempt_that_wakes_up_beside_its_successor_writes_nothing(tmp_path: 
     finally:
         thought_dead.kill()
     assert steps(run_dir) == list(range(1, 301))
+    names = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert {"step-295", "step-300"} <= set(names)
+    assert all(name.removeprefix("step-").isdecimal() for name in names)  # nothing of the first attempt is left over
+    assert stored.newest(run_dir) == run_dir / "checkpoints" / "step-300"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.trainer.splits import write_split
 from trainer import export as export_module
 from trainer import sealed
+from trainer.base_files import base_digests
 from trainer.config import ExportConfig, FromScratch, TrainerConfig
 from trainer.data.shards import PackedSplit
 from trainer.data.templates import set_template
@@ -23,7 +24,7 @@ from trainer.scratch import build_from_scratch
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
 
 
-def write_checkpoint(run_dir: Path, weights: dict[str, torch.Tensor], step: int, loss: float | None = None) -> Path:
+def write_checkpoint(run_dir, weights, step, loss=None, base=None) -> Path:
     """A checkpoint as two ranks write it: each parameter cut in two in the middle of a row."""
     final = run_dir / "checkpoints" / f"step-{step}"
     partial = final.with_name(final.name + ".partial")
@@ -40,6 +41,7 @@ def write_checkpoint(run_dir: Path, weights: dict[str, torch.Tensor], step: int,
         "format": 1,
         "progress": {"step": step, "epoch": 0, "step_in_epoch": step, "total_tokens": 1},
         "validation_loss": loss,
+        "base": base,
         "parameters": {name: list(weight.shape) for name, weight in weights.items()},
     }
     sealed.seal(partial, final, content, files)
@@ -53,7 +55,7 @@ def prepare(run_dir, base, tokenizer, **sections):
     set_template(tokenizer, "alpaca")
     tokenizer.save_pretrained(run_dir / "data" / "tokenizer")
     write_split(run_dir / "data" / "validation", 5)
-    prompts = [tokenizer("Below is an instruction.").input_ids, tokenizer("### Response:").input_ids]
+    prompts = [tokenizer(f"Below is instruction {number}.\n### Response:").input_ids for number in range(16)]
     lines = [json.dumps({"id": str(number), "prompt_token_ids": ids}) for number, ids in enumerate(prompts)]
     (run_dir / "data" / "test.jsonl").write_text("\n".join(lines) + "\n")
     values = {
@@ -97,14 +99,15 @@ def test_what_is_exported_is_what_was_trained(run):
     assert not list(run_dir.glob("model.*"))
 
 
-def test_bf16_training_exports_the_rounded_weights_of_its_forward_pass(run):
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_16_bit_training_exports_the_rounded_weights_of_its_forward_pass(run, precision, dtype):
     config, run_dir, weights = run
     write_checkpoint(run_dir, weights, step=1)
-    export(config.model_copy(update={"training": config.training.model_copy(update={"precision": "bf16"})}), run_dir)
+    export(config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})}), run_dir)
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model", dtype="auto")
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.bfloat16
-        assert torch.equal(parameter, weights[name].bfloat16())
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, weights[name].to(dtype))
 
 
 def test_stop_token_template_and_cache_are_set_for_generation(run):
@@ -169,6 +172,22 @@ def test_a_tensor_that_was_written_wrong_is_named_and_no_model_appears(run, monk
 
     monkeypatch.setattr(export_module, "_write", write_wrong)
     with pytest.raises(TrainerError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .* is not what was trained"):
+        export(config, run_dir)
+    assert not (run_dir / "model").exists()
+
+
+def test_a_setting_that_was_written_wrong_is_named_and_no_model_appears(run, monkeypatch):
+    config, run_dir, weights = run
+    write_checkpoint(run_dir, weights, step=1)
+    write = export_module._write
+
+    def write_wrong(model, tokenizer, folder):
+        write(model, tokenizer, folder)
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.25}))
+
+    monkeypatch.setattr(export_module, "_write", write_wrong)
+    with pytest.raises(TrainerError, match=r"rms_norm_eps is 1e-06 and 0\.25 \(trained first, exported second\)"):
         export(config, run_dir)
     assert not (run_dir / "model").exists()
 
@@ -256,6 +275,32 @@ def test_a_qlora_adapter_tells_its_loss_on_four_bits_and_as_it_is_served(tmp_pat
     assert counts["served_loss"] == pytest.approx(loss, abs=0.1)
 
 
+def test_an_adapter_whose_scale_was_written_wrong_is_refused(tmp_path, tiny_base, tiny_tokenizer, monkeypatch):
+    config, _, weights = tuned(tmp_path, tiny_base, tiny_tokenizer, LORA)
+    write_checkpoint(tmp_path, weights, step=4)
+    write = export_module._write
+
+    def write_wrong(model, tokenizer, folder):
+        write(model, tokenizer, folder)
+        content = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(content | {"lora_alpha": 15}))
+
+    monkeypatch.setattr(export_module, "_write", write_wrong)
+    with pytest.raises(TrainerError, match=r"adapter's lora_alpha is 16\.0 and 15"):
+        export(config, tmp_path)
+
+
+def test_an_adapter_is_not_exported_beside_another_base(tmp_path, tiny_base, tiny_tokenizer):
+    config, _, weights = tuned(tmp_path, tiny_base, tiny_tokenizer, LORA)
+    write_checkpoint(tmp_path, weights, step=4, base=base_digests(config.model, tmp_path, weights=True))
+    path = tmp_path / "base" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(TrainerError, match=r"trained on: model\.safetensors changed since"):
+        export(config, tmp_path)
+
+
 def test_merging_what_has_no_adapter_is_refused(run):
     config, run_dir, _ = run
     with pytest.raises(TrainerError, match=r"tuning\.method full has nothing to merge"):
@@ -281,7 +326,7 @@ def test_row_by_row_loss_is_the_token_mean_of_the_cross_entropy(run, tiny_base):
 def test_a_folder_with_another_loss_than_the_trainer_s_is_refused(run):
     config, run_dir, weights = run
     write_checkpoint(run_dir, weights, step=1, loss=1.0)
-    with pytest.raises(TrainerError, match=r"the trainer measured 1\.00000 .* configuration or attention differs"):
+    with pytest.raises(TrainerError, match=r"the trainer measured 1\.00000 .* its attention differs"):
         export(config, run_dir)
     assert not (run_dir / "model").exists()
     check_loss(None, 3.0, 0.001)
@@ -320,8 +365,8 @@ def test_vllm_agrees_with_the_exported_weights(tmp_path, servable_base, tiny_tok
     config = prepare(tmp_path, servable_base, tiny_tokenizer, export={"vllm_prompts": 16})
     write_checkpoint(tmp_path, trained(AutoModelForCausalLM.from_pretrained(servable_base)), step=1)
     counts = export(config, tmp_path)["vllm"]
-    assert counts["num_prompts"] == 2
-    assert counts["num_tokens"] > 16
+    assert counts["num_prompts"] == 16
+    assert counts["num_tokens"] > 64
     assert counts["largest_difference"] < 1e-3
 
 
@@ -340,7 +385,7 @@ def test_a_setting_that_vllm_sees_otherwise_is_caught(tmp_path, servable_base, t
         return answer(other, *arguments)
 
     monkeypatch.setattr(export_module, "ask_vllm", ask_about_another_setting)
-    with pytest.raises(TrainerError, match=r"vLLM does not answer like transformers .* prompt \d+, token \d+"):
+    with pytest.raises(TrainerError, match=r"vLLM does not answer .* prompt \d+, token \d+.*rope_parameters is .*3\.0"):
         export(config, tmp_path)
     assert not (tmp_path / "model").exists()
 
