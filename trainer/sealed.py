@@ -1,7 +1,7 @@
 """Folders that are either whole or not there: tensor files, their hashes, and a seal written last.
 
-A folder is filled under a name with `.partial` in it. Every file is flushed to disk and hashed while it is written; then
-comes `seal.json` (what is in the folder, and the size and SHA-256 of every file), then one rename. Whoever finds
+A folder is filled under a name with `.partial` in it. Every file is flushed to disk and hashed while it is written;
+then comes `seal.json` (what is in the folder, and the size and SHA-256 of every file), then one rename. Whoever finds
 `<name>` with a seal that holds true may trust every byte. Nothing here knows of models, engines or ranks.
 
 Tensors are kept as safetensors: a JSON header and raw bytes, so that reading runs no code.
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,8 @@ def remove(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a flat folder and its files; one that is not there is fine."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    """Delete a flat folder and its files; one that is not there, or that somebody else is deleting too, is fine."""
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        folder.rmdir()
