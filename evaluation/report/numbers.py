@@ -24,7 +24,7 @@ from evaluation.report.scores import (
     pair,
 )
 from evaluation.rows import Row
-from evaluation.statistics import bounds_with_missing, classification, holm, spread
+from evaluation.statistics import bounds_with_missing, classification, holm, krippendorff_alpha, spread
 
 
 def build_numbers(files: RunFiles, config: ReportConfig) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def _models(
             "difference_to_base": others[name].estimate.to_json() if name in others else None,
             "p_holm": corrected.get(name),
             "num_cut": sum(row.get("finish_reason") == "length" for row in files.responses.get(name, {}).values()),
+            "verdict_alpha": _verdict_alpha(files.verdicts.get(name, {})),
             "measures": _measures(details),
             "classification": _classification(details),
         }
@@ -106,6 +107,15 @@ def _model(scores: ModelScores, num_asked: int, config: ReportConfig) -> dict[st
         "spread": asdict(spread(list(scores.verdicts.values()))),
         "judges": list(scores.judges),
     }
+
+
+def _verdict_alpha(verdicts: Mapping[tuple[str, int, int], Row]) -> float | None:
+    """How far repeated verdicts on the same response agree: Krippendorff's alpha for intervals."""
+    repeats: dict[tuple[str, int], list[float | None]] = {}
+    for (name, sample, _), row in verdicts.items():
+        if row["state"] == "scored":
+            repeats.setdefault((name, sample), []).append(float(row["score"]))
+    return krippendorff_alpha(list(repeats.values()), interval=True)
 
 
 def _measures(details: Sequence[Row]) -> dict[str, dict[str, float | int]]:

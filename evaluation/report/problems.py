@@ -72,11 +72,15 @@ def judge_problems(summary: Row) -> list[str]:
             f"This judge can be talked over: worthless answers scored above {canaries.get('limit')} "
             f"({', '.join(fallen)}). A model may have done the same."
         )
-    for name in summary.get("same_model_as") or []:
-        problems.append(f"The judge is {name} itself: it judges its own words.")
-    for name in summary.get("same_family_as") or []:
-        if name not in (summary.get("same_model_as") or []):
-            problems.append(f"The judge is of the same family as {name} and may favour it.")
+    for judge in [summary, *(summary.get("members") or [])]:
+        who = f"The judge {judge['judge']}" if judge is not summary else "The judge"
+        same = judge.get("same_model_as") or []
+        problems += [f"{who} is {name} itself: it judges its own words." for name in same]
+        problems += [
+            f"{who} is of the same family as {name} and may favour it."
+            for name in judge.get("same_family_as") or []
+            if name not in same
+        ]
     for name, flag in (summary.get("null_models") or {}).items():
         problems.append(
             f"{name} gives one and the same answer to {100 * float(flag.get('share') or 0):.0f}% of the prompts: "

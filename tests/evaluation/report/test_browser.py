@@ -131,6 +131,23 @@ def test_sorts_by_difference_and_by_spread(page):
     assert all("Rating" in verdict for verdict in verdicts)
 
 
+def test_sorts_by_the_disagreement_of_a_jury(browser, tmp_path):
+    run = make_run(tmp_path / "run", num_rows=12)
+    path = run / "scores/tuned.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    apart = {3: (10, 95), 7: (40, 60)}  # what two members said of these rows
+    for number, row in enumerate(rows):
+        row["details"] = {"members": dict(zip(("one", "two"), apart.get(number, (50, 50)), strict=True))}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_report(ReportConfig(bootstrap_samples=100), run)
+    page = browser.new_page()
+    page.goto((run / "report.html").as_uri())
+    page.select_option("#sort", "disagreement")
+    shown = page.locator("#rows .meta").all_inner_texts()
+    assert shown[0].startswith("row-00003") and shown[1].startswith("row-00007")
+    page.close()
+
+
 def test_the_table_and_the_headline_tell_the_same(page, report):
     headline = json.loads(report.with_name("report.json").read_text(encoding="utf-8"))["headline"]
     while page.locator("#more").is_visible():

@@ -325,6 +325,24 @@ def test_a_sound_judge_gives_no_warning(tmp_path):
     assert all(problem.startswith("Without a score") for problem in report_of(tmp_path)["problems"])
 
 
+def test_reliability_of_repeats_and_of_a_jury(tmp_path):
+    # 0 and 10, 90 and 100: observed 4 x 100 / 4, expected over all pairs of the four values
+    small_run(tmp_path, {"a": [5], "b": [5]}, {"a": [0, 10], "b": [90, 100]})
+    (tmp_path / "judge").mkdir()
+    members = [{"judge": "one", "same_model_as": ["tuned"]}, {"judge": "two", "same_family_as": ["base"]}]
+    summary = {"judge": "jury", "agreement": {"krippendorff_alpha": 0.615}, "members": members}
+    (tmp_path / "judge/summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    report = report_of(tmp_path)
+    values = [0, 10, 90, 100]
+    expected = sum((a - b) ** 2 for a in values for b in values) / (4 * 3)
+    assert report["models"]["tuned"]["verdict_alpha"] == pytest.approx(1 - (4 * 100 / 4) / expected)
+    assert report["models"]["base"]["verdict_alpha"] is None
+    assert "The judge one is tuned itself: it judges its own words." in report["problems"]
+    assert "The judge two is of the same family as base and may favour it." in report["problems"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "members agree to 0.61" in page or "members agree to 0.62" in page
+
+
 def test_skipped_steps_and_cut_answers_are_told(tmp_path):
     make_run(tmp_path, num_rows=60)
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
