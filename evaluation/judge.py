@@ -34,8 +34,8 @@ from evaluation.judges.budget import Budget, Range, prices_of
 from evaluation.judges.forms import Form, form_of
 from evaluation.judges.jury import merge_members
 from evaluation.judges.language_model import Engine, PromptedJudge
-from evaluation.judges.reference import LabelMeter, ReferenceMeter, classification
-from evaluation.judges.summary import reliability
+from evaluation.judges.reference import LabelMeter, ReferenceMeter
+from evaluation.judges.summary import classified, reliability
 from evaluation.progress import RowCounter
 from evaluation.rows import Row, append_rows, read_rows, write_json, write_rows
 
@@ -199,7 +199,7 @@ def _judge_alone(
         )
         write_json(folder / "summary.json", summary)
     elif isinstance(asked, LabelMeter):
-        found = {name: classification(_rows(asked, batch), asked.labels) for name, batch in batches.items()}
+        found = {name: classified(_rows(asked, batch)) for name, batch in batches.items()}
         write_json(folder / "summary.json", {"judge": asked.name, "classification": found})
     return {"judge": asked.name, "models": models}
 

@@ -117,35 +117,6 @@ class LabelMeter:
             yield unit, Verdict("scored", 100.0 * (given == expected), details={"expected": expected, "given": given})
 
 
-def classification(rows: Sequence[Row], labels: Sequence[str]) -> Row:
-    """Sum up verdicts on labels.
-
-    F1 of a label is 2 x right / (times given + times expected). Macro F1 is its mean over the labels that occur as
-    references; micro F1 pools the counts of all labels, so that a response that is no label costs recall alone.
-
-    Args:
-        rows: Scored rows of a `LabelMeter`, with `expected` and `given` in their details.
-        labels: The legal labels.
-
-    Returns:
-        Shares in 0..1 (None without rows), and `confusion`: for each expected label the counts of what was given,
-        where the empty word stands for no label.
-    """
-    pairs = Counter((row["details"]["expected"], row["details"]["given"]) for row in rows if row["state"] == "scored")
-    total = pairs.total()
-    expected = {label: sum(n for (e, _), n in pairs.items() if e == label) for label in labels}
-    given = {label: sum(n for (_, g), n in pairs.items() if g == label) for label in labels}
-    f1 = {name: 2 * pairs[name, name] / (given[name] + num) for name, num in expected.items() if num}
-    right = sum(pairs[label, label] for label in labels)
-    return {
-        "accuracy": right / total if total else None,
-        "macro_f1": sum(f1.values()) / len(f1) if f1 else None,
-        "micro_f1": 2 * right / (sum(given.values()) + total) if total else None,
-        "f1": f1,
-        "confusion": {e: {g or "": pairs[e, g] for g in (*labels, None) if pairs[e, g]} for e in labels if expected[e]},
-    }
-
-
 def overlap(response: str, reference: str) -> dict[str, float]:
     """ROUGE-L F1 (Lin, 2004; of the `rouge-score` library) in 0..1, and chrF (Popović, 2015; of sacreBLEU) in 0..100.
 

@@ -275,6 +275,11 @@ def test_classification_by_hand():
     # F1 = 2 hits / (expected + given): a 4/7, b 2/3, c 0
     assert found.macro_f1 == pytest.approx((4 / 7 + 2 / 3 + 0) / 3)
     assert found.micro_f1 == pytest.approx(2 * 3 / (6 + 5))
+    assert found.f1 == {"a": pytest.approx(4 / 7), "b": pytest.approx(2 / 3), "c": 0}
+    # b is never expected: it costs a its recall and the pool its precision, and has no F1 of its own
+    strange = classification(["a", "a"], ["a", "b"])
+    assert (strange.f1, strange.macro_f1, strange.micro_f1) == ({"a": 2 / 3}, 2 / 3, 2 * 1 / (2 + 2))
+    assert strange.confusion == ((1, 1, 0), (0, 0, 0))
     assert classification([], []) is None
     with pytest.raises(EvaluationError, match="1 expected labels meet 2"):
         classification(["a"], ["a", "b"])
