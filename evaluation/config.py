@@ -5,9 +5,11 @@ Imported by the command line, so it loads nothing heavier than pydantic.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -16,15 +18,77 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSource(Section):
-    """A model that answers the test set."""
+class Endpoint(Section):
+    """An OpenAI-compatible endpoint: OpenAI, Ollama, a vLLM server; and how hard it may be asked."""
 
+    base_url: str = Field(min_length=1, description="Base URL of the endpoint, such as http://localhost:11434/v1.")
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key; null: none."
+    )
+    concurrency: int = Field(32, ge=1, description="Requests in flight at a time.")
+    requests_per_minute: int | None = Field(None, ge=1, description="Most requests in a minute; null: no limit.")
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Most tokens in a minute, prompt and reply; null: no limit."
+    )
+    timeout_s: float = Field(120.0, gt=0, description="Longest wait for one reply, in seconds.")
+    max_retries: int = Field(5, ge=0, description="Retries of a request that the endpoint refused for the time being.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _address_without_secrets(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must start with http:// or https:// and name a host")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("must not hold a user, a password or a query, as it is written into every record; give "
+                             "the key by api_key_env")  # fmt: skip
+        return url
+
+
+class ModelSource(Section):
+    """A model that answers the test set on our own engines; a bare path or hub id stands for one with defaults."""
+
+    type: Literal["vllm"] = "vllm"
     path: str = Field(min_length=1, description="Local Hugging Face folder, or hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     adapter: str | None = Field(None, description="Local folder of a LoRA adapter, served on top without merging.")
     prompt: Literal["trained", "chat"] = Field(
         "trained", description="The prompt's tokens as trained on, or the messages in the model's own chat template."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class ApiModel(Endpoint):
+    """A model that answers the test set at an OpenAI-compatible endpoint."""
+
+    type: Literal["api"]
+    model: str = Field(min_length=1, description="The model's name at the endpoint.")
+    prompt: Literal["chat", "trained"] = Field(
+        "chat",
+        description="The messages to /chat/completions, or the prompt's text as trained on to /completions.",
+    )
+    send_sampling: bool = Field(
+        True, description="False leaves temperature, top_p and seed to the endpoint, as some reasoning models want."
+    )
+
+
+def _kind_of_model(value: object) -> str:
+    found: Any = value.get("type", "vllm") if isinstance(value, dict) else getattr(value, "type", "vllm")
+    return str(found)
+
+
+AnsweringModel = Annotated[
+    Annotated[ModelSource, Tag("vllm")] | Annotated[ApiModel, Tag("api")],
+    Discriminator(
+        _kind_of_model,
+        custom_error_type="kind_of_model",
+        custom_error_message="a model is a path or hub id, or a mapping with path, or one with type: api",
+    ),
+]
 
 
 class HarnessConfig(Section):
@@ -50,8 +114,9 @@ class HarnessConfig(Section):
 class GenerationConfig(Section):
     """How the models answer the test set: vLLM engines and sampling."""
 
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,60}$")], ModelSource] = Field(
-        default_factory=dict, description="Further models to answer beside base and tuned, by name."
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,60}$")], AnsweringModel] = Field(
+        default_factory=dict,
+        description="Further models to answer beside base and tuned, by name: a path or hub id, or an endpoint's.",
     )
     engines: int = Field(1, ge=1, description="vLLM engines that share the prompts.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one engine.")
@@ -72,6 +137,13 @@ class GenerationConfig(Section):
     lm_eval: HarnessConfig | None = Field(
         None, description="Benchmarks of the lm-evaluation-harness, by vLLM; needs the extra lm-eval."
     )
+
+    @field_validator("models")
+    @classmethod
+    def _names_of_their_own(cls, models: dict[str, AnsweringModel]) -> dict[str, AnsweringModel]:
+        if taken := sorted(models.keys() & {"base", "tuned"}):
+            raise ValueError(f"{' and '.join(taken)} is a model of the run itself; take another name")
+        return models
 
     @model_validator(mode="after")
     def _measured_models_have_weights(self) -> Self:
@@ -191,14 +263,10 @@ class VllmJudge(LanguageModelJudge):
         return self
 
 
-class ApiJudge(LanguageModelJudge):
-    """Any OpenAI-compatible endpoint: OpenAI, Ollama, a vLLM server."""
+class ApiJudge(LanguageModelJudge, Endpoint):
+    """A judge model at an OpenAI-compatible endpoint."""
 
     type: Literal["api"]
-    base_url: str = Field(min_length=1, description="Base URL of the endpoint, such as http://localhost:11434/v1.")
-    api_key_env: str | None = Field(
-        "OPENAI_API_KEY", description="Environment variable that holds the key; null: none."
-    )
     temperature: float | None = Field(
         0.0, ge=0, le=2, description="0 is greedy decoding; null sends none, as some reasoning models want."
     )
@@ -206,13 +274,6 @@ class ApiJudge(LanguageModelJudge):
         True, description="Ask for JSON by schema; false reads the verdict at the end of free text."
     )
     max_tokens: int = Field(512, ge=8, description="Longest reply of the judge, its reasoning included, in tokens.")
-    concurrency: int = Field(32, ge=1, description="Requests in flight at a time.")
-    requests_per_minute: int | None = Field(None, ge=1, description="Most requests in a minute; null: no limit.")
-    timeout_s: float = Field(120.0, gt=0, description="Longest wait for one reply, in seconds.")
-    max_retries: int = Field(5, ge=0, description="Retries of a request that the endpoint refused for the time being.")
-    tokens_per_minute: int | None = Field(
-        None, ge=1, description="Most tokens in a minute, prompt and reply; null: no limit."
-    )
     prompt_price: float | None = Field(None, ge=0, description="Price of a million prompt tokens, in your currency.")
     reply_price: float | None = Field(None, ge=0, description="Price of a million reply tokens, in your currency.")
     max_cost: float | None = Field(None, gt=0, description="Most that one run of the stage may cost, in your currency.")
@@ -234,6 +295,18 @@ class JuryJudge(JudgeSection):
 
 
 JudgeConfig = Annotated[ReferenceJudge | LabelJudge | VllmJudge | ApiJudge | JuryJudge, Field(discriminator="type")]
+
+
+def key_variables(generation: GenerationConfig, judge: JudgeConfig) -> Iterator[tuple[str, str]]:
+    """Give each environment variable that must hold a key, with the configuration's word for it."""
+    members = judge.judges if isinstance(judge, JuryJudge) else [judge]
+    endpoints = [
+        *((f"generation.models.{name}", model) for name, model in generation.models.items()),
+        *(("judge", member) for member in members),
+    ]
+    for where, endpoint in endpoints:
+        if isinstance(endpoint, Endpoint) and endpoint.api_key_env is not None:
+            yield f"{where}.api_key_env", endpoint.api_key_env
 
 
 class ReportConfig(Section):

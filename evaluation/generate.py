@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.config import GenerationConfig, ModelSource
+from evaluation.config import ApiModel, GenerationConfig, ModelSource
+from evaluation.endpoint import EndpointClient
 from evaluation.errors import EvaluationError
-from evaluation.models import ModelFacts, inspect_model, render_as_chat
+from evaluation.models import ModelFacts, family_of, inspect_model, render_as_chat
 from evaluation.progress import RowCounter
 from evaluation.prompts import Prompt, read_prompts
+from evaluation.reply import Reply
 from evaluation.rows import Row, append_rows, content_key, read_rows, write_json, write_rows
-from evaluation.vllm_cluster import Completion, EngineSpec, Request, complete, engines_that_fit
+from evaluation.vllm_cluster import Completion, EngineSpec, Request, complete, engines_that_fit, shares
 
 # Sizes that vLLM's LoRA kernels are built for.
 _ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,17 +33,34 @@ class _Task:
     """One model's part of the stage: what it shall answer, and what it has."""
 
     name: str
-    source: ModelSource
-    facts: ModelFacts
     path: Path
-    max_model_len: int
+    fingerprint: str
+    family: str
     expected: list[Row] = field(default_factory=list)  # every row of the finished file, without its answer
     prompts: list[Prompt] = field(default_factory=list)  # beside `expected`
     finished: dict[str, Row] = field(default_factory=dict)  # by key
     num_reused: int = 0
+    wall_s: float = 0.0
+    rows_by_engine: list[int] = field(default_factory=list)  # of all models on the same engines
 
 
-def generate(config: GenerationConfig, run_dir: Path, models: Mapping[str, ModelSource]) -> dict[str, Any]:
+@dataclass
+class _LocalTask(_Task):
+    """A model on our own engines."""
+
+    source: ModelSource = field(kw_only=True)
+    facts: ModelFacts = field(kw_only=True)
+    max_model_len: int = field(kw_only=True)
+
+
+@dataclass
+class _RemoteTask(_Task):
+    """A model at an endpoint."""
+
+    source: ApiModel = field(kw_only=True)
+
+
+def generate(config: GenerationConfig, run_dir: Path, models: Mapping[str, ModelSource | ApiModel]) -> dict[str, Any]:
     """Answer the test set with each model; Ray is initialised already.
 
     Args:
@@ -50,59 +69,99 @@ def generate(config: GenerationConfig, run_dir: Path, models: Mapping[str, Model
         models: The models by name; `config.models` come on top. Those that differ in the adapter alone share engines.
 
     Returns:
-        Under `models`, for each name the rows by state, how many were there already, tokens and seconds.
+        Under `models`, for each name the rows by state, how many were there already, tokens, seconds, and how many
+        rows each engine answered.
 
     Raises:
-        EvaluationError: No test set, no model, too few CPUs or GPUs, or a prompt beyond a model's vocabulary.
+        EvaluationError: No test set, no model, too few CPUs or GPUs, a prompt beyond a model's vocabulary, or an
+            endpoint that refuses everything.
     """
     prompts = read_prompts(run_dir)
-    if taken := sorted(models.keys() & config.models.keys()):
-        raise EvaluationError(
-            f"generation.models: {', '.join(taken)} names a model of the run itself; take another name"
-        )
     everyone = {**models, **config.models}
     tasks = [_plan(name, source, prompts, config, run_dir) for name, source in everyone.items()]
     write_json(run_dir / "responses" / "models.json", {task.name: _describe(task) for task in tasks})
-    groups: dict[tuple[str, str | None, int], list[_Task]] = {}
-    for task in tasks:
-        groups.setdefault((task.source.path, task.source.revision, task.max_model_len), []).append(task)
-    seconds: dict[str, float] = {}
-    num_owed = sum(len(list(_missing(task))) for task in tasks)
+    owing = [task for task in tasks if next(_missing(task), None) is not None]
+    remote = [task for task in owing if isinstance(task, _RemoteTask)]
+    groups: dict[tuple[str, str | None, int], list[_LocalTask]] = {}
+    for task in owing:
+        if isinstance(task, _LocalTask):
+            groups.setdefault((task.source.path, task.source.revision, task.max_model_len), []).append(task)
+    # Loading dominates on small test sets: models that fit beside each other are loaded beside each other.
+    specs = [_spec(config, group) for group in groups.values()]
+    at_once = min(engines_that_fit(specs[0]) // config.engines, len(groups)) if specs else 1
+    num_owed = sum(len(list(_missing(task))) for task in owing)
     if num_owed:
-        at_once = engines_that_fit(_spec(config, tasks[:1])) // config.engines
-        # Loading dominates on small test sets: models that fit beside each other are loaded beside each other.
-        workers = min(at_once, len(groups))
-        with RowCounter("generate: answers", num_owed) as counter, ThreadPoolExecutor(max_workers=workers) as pool:
-            for part in pool.map(lambda group: _answer(config, group, counter), groups.values()):
-                seconds |= part
-    return {"models": {task.name: _finish(task) | {"wall_s": seconds.get(task.name, 0.0)} for task in tasks}}
+        with (
+            RowCounter("generate: answers", num_owed) as counter,
+            ThreadPoolExecutor(at_once) as local_pool,
+            ThreadPoolExecutor(max(1, len(remote))) as remote_pool,
+        ):
+            work = [remote_pool.submit(_answer_remotely, config, task, counter) for task in remote]
+            work += [local_pool.submit(_answer, config, group, counter) for group in groups.values()]
+            for each in work:
+                each.result()
+    return {"models": {task.name: _finish(task) for task in tasks}}
 
 
-def _plan(name: str, source: ModelSource, prompts: list[Prompt], config: GenerationConfig, run_dir: Path) -> _Task:
+def _plan(
+    name: str, source: ModelSource | ApiModel, prompts: list[Prompt], config: GenerationConfig, run_dir: Path
+) -> _LocalTask | _RemoteTask:
     """List the rows that a model owes, and read those that it has."""
+    path = run_dir / "responses" / f"{name}.jsonl"
+    if isinstance(source, ApiModel):
+        fingerprint = content_key("api", source.base_url, source.model, source.prompt, source.send_sampling)
+        remote = _RemoteTask(name, path, fingerprint, family_of(source.model), source=source)
+        sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+        asked = [prompt.messages if source.prompt == "chat" else prompt.text for prompt in prompts]
+        _list_rows(remote, prompts, config, sampling, asked)
+        return remote
     facts = inspect_model(source)
     if source.prompt == "chat":
         prompts = render_as_chat(prompts, source)
+    _require_vocabulary(name, source, facts, prompts)
     limit = min(config.max_model_len or facts.max_positions, facts.max_positions)
-    task = _Task(name, source, facts, run_dir / "responses" / f"{name}.jsonl", limit)
+    task = _LocalTask(name, path, facts.fingerprint, facts.family, source=source, facts=facts, max_model_len=limit)
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens,
                 "dtype": config.dtype, "max_model_len": limit, "stop": facts.stop_token_ids}  # fmt: skip
+    _list_rows(task, prompts, config, sampling, [prompt.token_ids for prompt in prompts])
+    for row in task.expected:
+        if row["num_prompt_tokens"] >= limit:
+            cause = f"{row['num_prompt_tokens']} prompt tokens; the model takes {limit}, answer included"
+            _keep(task, row | _answer_fields("too_long", cause=cause))
+    return task
+
+
+def _require_vocabulary(name: str, source: ModelSource, facts: ModelFacts, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if max(prompt.token_ids) >= facts.vocab_size:
             raise EvaluationError(
                 f"model {name} ({source.path}): token {max(prompt.token_ids)} of prompt {prompt.id!r} is beyond its "
                 f"vocabulary of {facts.vocab_size}; the model must share the tokenizer of the training data"
             )
+
+
+def _list_rows(
+    task: _Task, prompts: Sequence[Prompt], config: GenerationConfig, sampling: Row, asked: Sequence[object]
+) -> None:
+    """List the rows of the finished file, each with the hash of all that it depends on, and recover what is there.
+
+    Args:
+        task: The model's part of the stage.
+        prompts: The test set.
+        config: Number of samples, and the seed.
+        sampling: What else decides the answers.
+        asked: Beside `prompts`, what the model is really given: tokens, text or messages.
+    """
+    for prompt, given in zip(prompts, asked, strict=True):
         for sample in range(config.num_samples):
             seed = _seed(config, prompt, sample)
             task.prompts.append(prompt)
             task.expected.append({
-                "id": prompt.id, "category": prompt.category, "model": name, "sample": sample, "prompt": prompt.text,
-                "reference": prompt.reference, "num_prompt_tokens": len(prompt.token_ids),
-                "key": content_key(facts.fingerprint, prompt.id, prompt.token_ids, sampling, sample, seed),
+                "id": prompt.id, "category": prompt.category, "model": task.name, "sample": sample,
+                "prompt": prompt.text, "reference": prompt.reference, "num_prompt_tokens": len(prompt.token_ids),
+                "key": content_key(task.fingerprint, prompt.id, given, sampling, sample, seed),
             })  # fmt: skip
     _recover(task)
-    return task
 
 
 def _recover(task: _Task) -> None:
@@ -111,12 +170,9 @@ def _recover(task: _Task) -> None:
     if task.path.exists():
         for row in read_rows(task.path, torn_end=True):
             if row.get("key") in owed and row.get("state") == "generated":
-                task.finished[row["key"]] = owed[row["key"]] | {name: row[name] for name in _answer_fields("")}
+                names = (*_answer_fields(""), "num_prompt_tokens")
+                task.finished[row["key"]] = owed[row["key"]] | {name: row[name] for name in names}
     task.num_reused = len(task.finished)
-    for row in task.expected:
-        if row["num_prompt_tokens"] >= task.max_model_len:
-            cause = f"{row['num_prompt_tokens']} prompt tokens; the model takes {task.max_model_len}, answer included"
-            task.finished[row["key"]] = row | _answer_fields("too_long", cause=cause)
     write_rows(task.path, task.finished.values())
 
 
@@ -124,10 +180,10 @@ def _missing(task: _Task) -> Iterator[tuple[Prompt, Row]]:
     return ((p, r) for p, r in zip(task.prompts, task.expected, strict=True) if r["key"] not in task.finished)
 
 
-def _answer(config: GenerationConfig, tasks: list[_Task], counter: RowCounter) -> dict[str, float]:
-    """Answer everything that models with the same weights still owe, on the same engines; seconds by model."""
+def _answer(config: GenerationConfig, tasks: list[_LocalTask], counter: RowCounter) -> None:
+    """Answer everything that models with the same weights still owe, on the same engines."""
     started = time.monotonic()
-    owed: dict[str, tuple[_Task, Row]] = {}
+    owed: dict[str, tuple[_LocalTask, Row]] = {}
     requests = []
     for task in tasks:
         for prompt, row in _missing(task):
@@ -141,13 +197,51 @@ def _answer(config: GenerationConfig, tasks: list[_Task], counter: RowCounter) -
             request = Request(f"{task.name}/{row['key']}", prompt.token_ids, sampling, task.source.adapter)
             requests.append(request)
             owed[request.key] = (task, row)
+    serials = []
     for completion in complete(_spec(config, tasks), requests):
         task, row = owed[completion.key]
-        finished = row | _outcome(completion, task.facts)
-        task.finished[row["key"]] = finished
-        append_rows(task.path, [finished])
+        serials.append(completion.serial)
+        _keep(task, row | _outcome(completion, task.facts))
         counter.advance()
-    return {task.name: time.monotonic() - started for task in tasks}
+    for task in tasks:
+        task.wall_s = time.monotonic() - started
+        task.rows_by_engine = shares(serials)
+
+
+def _answer_remotely(config: GenerationConfig, task: _RemoteTask, counter: RowCounter) -> None:
+    """Answer everything that a model at an endpoint still owes."""
+    started = time.monotonic()
+    source = task.source
+    kind = "chat" if source.prompt == "chat" else "completions"
+    client = EndpointClient(source, source.model, f"generation.models.{task.name}", kind)
+
+    def request(owed: tuple[Prompt, Row]) -> Row:
+        prompt, row = owed
+        given = {"messages": list(prompt.messages)} if kind == "chat" else {"prompt": prompt.text}
+        asked = given | {client.limit_name: config.max_tokens}
+        if source.send_sampling:
+            asked |= {"temperature": config.temperature, "top_p": config.top_p}
+            if (seed := _seed(config, prompt, row["sample"])) is not None:
+                asked["seed"] = seed
+        return asked
+
+    for (_, row), reply in client.replies(list(_missing(task)), request):
+        _keep(task, row | _outcome_of_reply(reply))
+        counter.advance()
+    task.wall_s = time.monotonic() - started
+
+
+def _keep(task: _Task, finished: Row) -> None:
+    task.finished[finished["key"]] = finished
+    append_rows(task.path, [finished])
+
+
+def _outcome_of_reply(reply: Reply) -> Row:
+    """Say what became of a row at an endpoint; its tokens are the endpoint's, not the training tokenizer's."""
+    tokens = {"num_prompt_tokens": reply.num_prompt_tokens}
+    if reply.text is None or reply.cause is not None:
+        return tokens | _answer_fields("too_long" if reply.is_too_long else "generation_failed", cause=reply.cause)
+    return tokens | _answer_fields("generated", reply.text, reply.finish_reason, reply.num_response_tokens)
 
 
 def _outcome(completion: Completion, facts: ModelFacts) -> Row:
@@ -181,15 +275,17 @@ def _finish(task: _Task) -> dict[str, Any]:
         "cut_at_the_limit": sum(row["finish_reason"] == "length" for row in rows),
         "num_prompt_tokens": sum(row["num_prompt_tokens"] for row in rows),
         "num_response_tokens": sum(row["num_response_tokens"] for row in rows),
+        "wall_s": task.wall_s,
+        "rows_by_engine": task.rows_by_engine,
     }  # fmt: skip
 
 
-def _describe(task: _Task) -> Row:
+def _describe(task: _LocalTask | _RemoteTask) -> Row:
     """Say what a model is; the judge stage sees from it whether a judge is one of the models under test."""
-    return task.source.model_dump() | {"fingerprint": task.facts.fingerprint, "family": task.facts.family}
+    return task.source.model_dump() | {"fingerprint": task.fingerprint, "family": task.family}
 
 
-def _spec(config: GenerationConfig, tasks: list[_Task]) -> EngineSpec:
+def _spec(config: GenerationConfig, tasks: Sequence[_LocalTask]) -> EngineSpec:
     rank = max(task.facts.adapter_rank for task in tasks)
     return EngineSpec(
         model=tasks[0].source.path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,17 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         family=config.model_type,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
     )
+
+
+def family_of(name: str) -> str:
+    """Guess a model's family from its name at an endpoint, where there is no configuration to read it from.
+
+    >>> family_of("meta-llama/Llama-3.1-8B-Instruct"), family_of("gpt-5-mini"), family_of("o3")
+    ('llama', 'gpt', 'o3')
+    """
+    last = name.rpartition("/")[2].casefold()
+    word = re.match("[a-z]*", last)
+    return word[0] if word and len(word[0]) > 2 else last
 
 
 def render_as_chat(prompts: Sequence[Prompt], source: ModelSource) -> list[Prompt]:

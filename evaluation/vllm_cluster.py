@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,19 @@ from ray.data.llm import Processor, build_processor, vLLMEngineProcessorConfig
 
 from evaluation.errors import EvaluationError
 
-# vLLM admits at most so many sequences at once by default; enough batches are kept in flight to fill it.
-_SEQUENCES_IN_FLIGHT = 1024
+# Sequences that an engine works on at a time, and tokens in one of its steps: what vLLM gives its own batch interface,
+# `LLM`. Ray Data's engines would get the smaller ones of an engine that serves.
+_BATCH_CPU = (256, 4096)
+_BATCH_GPU = (256, 8192)
+_BATCH_LARGE_GPU = (1024, 16384)
+_LARGE_GPUS = ("H100", "H200", "GH200", "B200", "GB200", "B300", "GB300")
 # Left to itself Ray Data restarts an engine, and repeats its rows, for ever.
 _MAX_RESTARTS = 2
+# Longest wait for all engines to be loaded: large models come from slow disks.
+_ENGINE_START_S = 3600
 # Of vLLM's CPU attention; with another width its worker dies at the first prompt.
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-_ROWS_PER_BATCH = 16
+_ROWS_PER_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Completion:
         text: The response without its stop token; None where the engine failed.
         token_ids: The response's tokens, its stop token included.
         cause: The engine's words where it failed this row, else None.
+        serial: How many requests its engine took before this one; -1 where the engine failed this row.
         logprobs: For each response token the log-probabilities asked for, by token id; empty where none were asked for.
     """
 
@@ -97,6 +105,7 @@ class Completion:
     text: str | None
     token_ids: tuple[int, ...]
     cause: str | None = None
+    serial: int = -1
     logprobs: tuple[dict[int, float], ...] = field(default=())
 
     def finish_reason(self, stop_token_ids: Container[int]) -> Literal["stop", "length"] | None:
@@ -134,6 +143,24 @@ def engines_that_fit(spec: EngineSpec) -> int:
     return fit
 
 
+def shares(serials: Iterable[int]) -> list[int]:
+    """Tell how many requests each engine took, from the largest share to the smallest.
+
+    As many engines took more than k requests as there are completions with the serial k.
+
+    >>> shares([0, 0, 1, 2, -1])
+    [3, 1]
+
+    Args:
+        serials: Of all completions of one call.
+
+    Returns:
+        A number for each engine that took any.
+    """
+    engines_beyond = Counter(serial for serial in serials if serial >= 0)
+    return [sum(num > engine for num in engines_beyond.values()) for engine in range(engines_beyond[0])]
+
+
 def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completion]:
     """Answer the requests on a cluster of engines; the completions come in the order in which they finish.
 
@@ -154,15 +181,18 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
     engines_that_fit(spec)
     _require_head_dim(spec)
     _quiet()
-    # A block goes to one engine as a whole; small ones let every engine work until the end.
-    num_blocks = math.ceil(len(requests) / _ROWS_PER_BATCH)
-    processor = _processor(spec, num_blocks)
+    # A block goes to one engine as a whole; small ones, equally many for each, let every engine work until the end.
+    num_blocks = min(spec.engines * math.ceil(len(requests) / _ROWS_PER_BLOCK / spec.engines), len(requests))
+    processor = _processor(spec, len(requests), num_blocks)
     rows = [
         {"key": r.key, "token_ids": list(r.token_ids), "sampling": r.sampling, "model": r.adapter or spec.model}
         for r in requests
     ]
     data = processor(ray.data.from_items(rows, override_num_blocks=num_blocks))
     data.context.enable_progress_bars = False
+    if spec.engines > 1:
+        # They load beside each other; the first one to be ready would take a small test set alone.
+        data.context.wait_for_min_actors_s = _ENGINE_START_S
     started = time.time()
     try:
         for row in data.iter_rows():
@@ -175,17 +205,18 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
         ) from error
 
 
-def _processor(spec: EngineSpec, num_blocks: int) -> Processor:
+def _processor(spec: EngineSpec, num_rows: int, num_blocks: int) -> Processor:
     """Build Ray Data's pipeline around the engines."""
     # The two functions run in processes of their own. No CPU: the engines may hold all of them. One at a time: else Ray
     # starts a process for each batch. As lambdas they are sent by value, so those processes import nothing of ours.
     light = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)}
     processor = build_processor(
-        _processor_config(spec, num_blocks),
+        _processor_config(spec, num_rows, num_blocks),
         preprocess=lambda row: {"tokenized_prompt": list(row["token_ids"]), "sampling_params": row["sampling"]},
         preprocess_map_kwargs=light,
         postprocess=lambda row: {
             "key": row["key"],
+            "serial": row["request_id"],
             "text": row["generated_text"],
             "token_ids": list(row["generated_tokens"]),
             "logprob_ids": [list(token) for token in row["logprobs"] or ()],
@@ -235,7 +266,16 @@ def _has_gpus() -> bool:
     return bool(ray.cluster_resources().get("GPU", 0))
 
 
-def _processor_config(spec: EngineSpec, num_blocks: int) -> vLLMEngineProcessorConfig:
+def _batch_limits() -> tuple[int, int]:
+    """Give the most sequences that an engine works on at a time, and the most tokens in one of its steps."""
+    if not _has_gpus():
+        return _BATCH_CPU
+    kinds = [name.removeprefix("accelerator_type:") for name in ray.cluster_resources()]
+    return _BATCH_LARGE_GPU if any(kind in _LARGE_GPUS for kind in kinds) else _BATCH_GPU
+
+
+def _processor_config(spec: EngineSpec, num_rows: int, num_blocks: int) -> vLLMEngineProcessorConfig:
+    num_sequences, num_step_tokens = _batch_limits()
     engine: dict[str, Any] = {
         "max_model_len": spec.max_model_len,
         "tensor_parallel_size": spec.tensor_parallel_size,
@@ -243,6 +283,10 @@ def _processor_config(spec: EngineSpec, num_blocks: int) -> vLLMEngineProcessorC
         "revision": spec.revision,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
+        "max_num_seqs": num_sequences,
+        "max_num_batched_tokens": num_step_tokens,
+        # Ray Data streams each token of each response and throws all but the last away.
+        "stream_interval": 2**30,
     }
     if spec.num_adapters:
         # One slot more than adapters: vLLM's CPU kernels give the last slot to rows without one, so it stays empty.
@@ -260,14 +304,15 @@ def _processor_config(spec: EngineSpec, num_blocks: int) -> vLLMEngineProcessorC
         if spec.tensor_parallel_size == 1:
             # Otherwise a CPU engine starts a third process, which costs its 10 s of imports again.
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # No engine is given more than its share at a time.
+    # No engine is given more than its share at a time, nor more than keeps it full while batches come and go.
     share = math.ceil(num_blocks / spec.engines)
-    at_once = min(_SEQUENCES_IN_FLIGHT // _ROWS_PER_BATCH, share)
+    at_once = min(2 * math.ceil(num_sequences / _ROWS_PER_BLOCK), share)
     return vLLMEngineProcessorConfig(
         model_source=spec.model,
         engine_kwargs=engine,
         concurrency=(spec.engines, spec.engines),
-        batch_size=_ROWS_PER_BATCH,
+        # No block has fewer rows; smaller blocks would be put together again.
+        batch_size=num_rows // num_blocks,
         max_concurrent_batches=at_once,
         max_tasks_in_flight_per_actor=min(2 * at_once, share),
         placement_group_config={"bundles": [bundle] * spec.tensor_parallel_size},
@@ -290,4 +335,4 @@ def _completion(row: dict[str, Any]) -> Completion:
         for ids, values in zip(row["logprob_ids"], row["logprobs"], strict=True)
     )
     tokens = tuple(int(token) for token in row["token_ids"])
-    return Completion(row["key"], row["text"], tokens, logprobs=logprobs)
+    return Completion(row["key"], row["text"], tokens, serial=int(row["serial"]), logprobs=logprobs)

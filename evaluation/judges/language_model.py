@@ -14,6 +14,7 @@ from evaluation.judges.budget import Budget, Range
 from evaluation.judges.forms import Ending, Form
 from evaluation.judges.prompts import Messages
 from evaluation.judges.verdict import VerdictError
+from evaluation.reply import Reply
 from evaluation.rows import Row, content_key
 
 # Raised by hand when the reading of replies changes, so that old verdicts are asked again.
@@ -37,25 +38,6 @@ class Ask:
     seed: int
     unit: Unit
     part: int
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back for one prompt.
-
-    Attributes:
-        text: The model's words; None where none came.
-        finish_reason: Why it stopped writing, in OpenAI's words.
-        cause: Why no words came.
-        num_prompt_tokens: Tokens of the prompt.
-        num_response_tokens: Tokens written.
-    """
-
-    text: str | None
-    finish_reason: str | None = None
-    cause: str | None = None
-    num_prompt_tokens: int = 0
-    num_response_tokens: int = 0
 
 
 class Engine(Protocol):
@@ -98,6 +80,7 @@ class _Pending:
     words: dict[int, str] = field(default_factory=dict)  # by part: the judge's own words
     failed: Verdict | None = None  # the failed attempts so far
     num_owed: int = 0  # replies of this attempt that are on their way
+    is_hopeless: bool = False  # a prompt does not fit the judge's model
     num_calls: int = 0
     num_prompt_tokens: int = 0
     num_response_tokens: int = 0
@@ -184,7 +167,8 @@ class PromptedJudge:
                     state.failed = add_attempt(state.failed, failed)
                 if state.num_owed:
                     continue
-                if len(state.parts) < self.form.num_parts and attempt < self._attempts - 1:
+                is_last = attempt == self._attempts - 1 or state.is_hopeless
+                if len(state.parts) < self.form.num_parts and not is_last:
                     again.append(ask.unit)
                 else:
                     yield ask.unit, self._settle(pending.pop(ask.unit.key))
@@ -222,6 +206,7 @@ class PromptedJudge:
         state.num_calls += 1
         state.num_prompt_tokens += reply.num_prompt_tokens
         state.num_response_tokens += reply.num_response_tokens
+        state.is_hopeless = state.is_hopeless or reply.is_too_long
         if reply.text is None:
             return reply.cause
         try:

@@ -12,7 +12,7 @@ from evaluation.judges import checks
 from evaluation.judges.budget import prices_of
 from evaluation.judges.language_model import PromptedJudge
 from evaluation.rows import Row
-from evaluation.statistics import position_bias
+from evaluation.statistics import classification, position_bias
 
 _CONFIDENCE = 0.95
 
@@ -55,16 +55,45 @@ def reliability(
     return summary
 
 
+def classified(rows: Sequence[Row]) -> Row | None:
+    """Sum up verdicts on labels.
+
+    Args:
+        rows: Rows of a `LabelMeter`, with `expected` and `given` in the details of those that are scored.
+
+    Returns:
+        Accuracy, F1 and, for each expected label, the counts of what was given (the empty word is no label); None
+        where no row is scored.
+    """
+    details = [row["details"] for row in rows if row["state"] == "scored"]
+    found = classification([each["expected"] for each in details], [each["given"] for each in details])
+    if found is None:
+        return None
+    confusion = {
+        label: {given: count for given, count in zip((*found.labels, ""), counts, strict=True) if count}
+        for label, counts in zip(found.labels, found.confusion, strict=True)
+        if sum(counts)
+    }
+    measures = {name: getattr(found, name) for name in ("accuracy", "macro_f1", "micro_f1", "f1")}
+    return measures | {"confusion": confusion}
+
+
 def _relations(config: VllmJudge | ApiJudge, identity: Row, run_dir: Path) -> dict[str, list[str]]:
     """Name the models under test that the judge is, or whose family it is of: it may favour its own words."""
     path = run_dir / "responses" / "models.json"
     models = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     name = config.model.casefold()
-    same = [key for key, facts in models.items() if facts["fingerprint"] == identity.get("fingerprint")]
-    family = [
-        key for key, facts in models.items() if identity.get("family", "") == facts["family"] or facts["family"] in name
-    ]
+    same = [key for key, facts in models.items() if _is_same(facts, identity)]
+    family = [key for key, facts in models.items()
+              if identity.get("family", "") == facts["family"] or facts["family"].casefold() in name]  # fmt: skip
     return {"same_model_as": same, "same_family_as": family}
+
+
+def _is_same(facts: Row, identity: Row) -> bool:
+    """Tell whether a model under test is the judge: by its weights, or by its name at the same endpoint."""
+    if "base_url" in facts:
+        return (facts["base_url"], facts["model"]) == (identity.get("base_url"), identity.get("model"))
+    return bool(facts["fingerprint"] == identity.get("fingerprint"))
 
 
 def _spent(config: VllmJudge | ApiJudge, rows: Sequence[Row]) -> dict[str, float | None]:

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 from evaluation.config import ModelSource, VllmJudge
 from evaluation.judges.budget import Range
 from evaluation.judges.forms import Ending, Form
-from evaluation.judges.language_model import Ask, Reply
+from evaluation.judges.language_model import Ask
 from evaluation.judges.prompts import Messages, neutralise
 from evaluation.models import inspect_model
+from evaluation.reply import Reply
 from evaluation.rows import Row
 from evaluation.vllm_cluster import EngineSpec, Request, complete
 
@@ -90,7 +91,7 @@ class VllmEngine:
             ids = self._tokens(ask.messages)
             if len(ids) + self._form.max_tokens > self._limit:
                 cause = f"the judge's prompt has {len(ids)} tokens, its model takes {self._limit}, verdict included"
-                yield ask, Reply(None, cause=cause)
+                yield ask, Reply(None, cause=cause, is_too_long=True)
                 continue
             owed[ask.key] = ask, len(ids)
             requests.append(Request(ask.key, ids, self._sampling(ask)))

@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 import ray
 import torch
+from aiohttp import web
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import LlamaForCausalLM
 
-from evaluation.config import GenerationConfig, ModelSource, VllmJudge
+from evaluation.config import ApiModel, GenerationConfig, ModelSource, VllmJudge
 from evaluation.errors import EvaluationError
 from evaluation.generate import generate
 from evaluation.judge import judge
@@ -18,8 +20,9 @@ from evaluation.judges.prompts import neutralise
 from evaluation.models import fingerprint_folder, render_as_chat
 from evaluation.prompts import Prompt
 from evaluation.rows import read_rows, write_rows
-from evaluation.vllm_cluster import EngineSpec, Request, complete
+from evaluation.vllm_cluster import EngineSpec, Request, complete, shares
 from tests.evaluation import tiny_models
+from tests.evaluation.judges.endpoint import Endpoint, completion
 
 NUM_PROMPTS = 40
 CONFIG = GenerationConfig(max_tokens=12, dtype="float32", cpu_cache_gib=0.1)
@@ -157,7 +160,7 @@ def test_only_what_is_missing_is_generated(finished, cluster, models):
     write_test_set(run_dir)
 
 
-def test_one_bad_row_fails_itself_on_two_engines(cluster, folders):
+def test_two_engines_share_the_rows_and_one_bad_row_fails_itself(cluster, folders):
     spec = EngineSpec(str(folders["base"]), dtype="float32", cpu_cache_gib=0.1, engines=2)
     sampling = {"temperature": 0.0, "max_tokens": 3}
     requests = [Request(str(number), prompt_ids(number), sampling) for number in range(40)]
@@ -166,6 +169,7 @@ def test_one_bad_row_fails_itself_on_two_engines(cluster, folders):
     assert set(answers) == {str(number) for number in range(40)}
     assert {key for key, answer in answers.items() if answer.text is None} == {"7"}
     assert "128" in answers["7"].cause
+    assert sorted(shares(answer.serial for answer in answers.values())) in ([19, 20], [20, 19])
 
 
 def test_a_vllm_judge_gives_integers_only(finished, cluster, folders, tmp_path_factory):
@@ -251,11 +255,73 @@ def test_a_further_model_may_have_its_own_chat_template(tmp_path):
         render_as_chat(prompts, ModelSource(path=str(folder), prompt="chat"))
 
 
-def test_a_further_model_needs_a_name_of_its_own(tmp_path):
-    write_test_set(tmp_path)
-    config = GenerationConfig(models={"base": ModelSource(path="x")})
-    with pytest.raises(EvaluationError, match=r"generation.models: base names a model of the run itself"):
-        generate(config, tmp_path, {"base": ModelSource(path="y")})
+def test_a_further_model_is_a_path_or_an_endpoint_with_a_name_of_its_own():
+    endpoint = {"type": "api", "base_url": "http://127.0.0.1:1/v1", "model": "m"}
+    models = GenerationConfig.model_validate({"models": {"one": "owner/one", "two": endpoint}}).models
+    assert models["one"] == ModelSource(path="owner/one")
+    assert models["two"] == ApiModel(**endpoint)
+    for wrong, words in (
+        ({"base": "x"}, "base is a model of the run itself"),
+        ({"x": {"type": "apo"}}, "a path or hub id, or a mapping with path, or one with type: api"),
+        ({"x": endpoint | {"base_url": "127.0.0.1:1/v1"}}, "must start with http"),
+        ({"x": endpoint | {"base_url": "http://me:secret@host/v1"}}, "must not hold a user"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            GenerationConfig.model_validate({"models": wrong})
+
+
+def test_a_model_at_an_endpoint_answers_without_ray(tmp_path):
+    write_test_set(tmp_path, num=12)
+
+    def answer(body, number):
+        asked = body["messages"][0]["content"]
+        if asked == "question 3":
+            return web.json_response({"error": {"message": "x", "code": "context_length_exceeded"}}, status=400)
+        return web.json_response({}, status=418) if asked == "question 5" else completion(f"an answer to {asked}")
+
+    with Endpoint(answer) as endpoint:
+        source = ApiModel(type="api", base_url=endpoint.url, model="owner/Big-7", api_key_env=None, max_retries=0)
+        config = CONFIG.model_copy(update={"models": {"big": source}, "temperature": 0.5, "seed": 1})
+        counts = generate(config, tmp_path, {})["models"]["big"]
+        assert (counts["generated"], counts["too_long"], counts["generation_failed"]) == (10, 1, 1)
+        assert counts["num_prompt_tokens"] == 10 * 100  # as the endpoint counts them
+        rows = responses(tmp_path, "big")
+        assert [row["id"] for row in rows] == [f"r{number}" for number in range(12)]
+        assert (rows[0]["response"], rows[0]["finish_reason"]) == ("an answer to question 0", "stop")
+        assert (rows[3]["state"], rows[5]["state"]) == ("too_long", "generation_failed")
+        assert "HTTP 418" in rows[5]["cause"]
+        body = endpoint.bodies[0]
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("owner/Big-7", 0.5, 12)
+        assert len({body["seed"] for body in endpoint.bodies}) == 12
+        # Only what has no answer is asked again; another sampling asks for everything.
+        generate(config, tmp_path, {})
+        assert len(endpoint.bodies) == 12 + 2
+        generate(config.model_copy(update={"seed": 2}), tmp_path, {})
+        assert len(endpoint.bodies) == 12 + 2 + 12
+    models = json.loads((tmp_path / "responses/models.json").read_text())
+    assert (models["big"]["family"], models["big"]["model"]) == ("big", "owner/Big-7")
+
+
+def test_an_endpoint_can_be_given_the_training_prompt_as_text(tmp_path):
+    write_test_set(tmp_path, num=4)
+    message = {"choices": [{"index": 0, "finish_reason": "length", "text": " yes"}], "object": "text_completion"}
+    with Endpoint(
+        lambda body, number: web.json_response(message | {"id": "1", "created": 0, "model": "m"})
+    ) as endpoint:
+        source = ApiModel(type="api", base_url=endpoint.url, model="m", api_key_env=None, prompt="trained",
+                          send_sampling=False)  # fmt: skip
+        generate(CONFIG, tmp_path, {"big": source})
+    assert {body["prompt"] for body in endpoint.bodies} == {f"question {number}" for number in range(4)}
+    assert not any({"temperature", "top_p", "seed", "messages"} & body.keys() for body in endpoint.bodies)
+    assert [(row["response"], row["finish_reason"]) for row in responses(tmp_path, "big")] == [(" yes", "length")] * 4
+
+
+def test_an_endpoint_that_refuses_everything_is_told_by_its_word_in_the_configuration(tmp_path):
+    write_test_set(tmp_path, num=4)
+    with Endpoint(lambda body, number: web.json_response({}, status=401)) as endpoint:
+        source = ApiModel(type="api", base_url=endpoint.url, model="m", api_key_env=None)
+        with pytest.raises(EvaluationError, match=r"HTTP 401.*generation.models.big.api_key_env"):
+            generate(CONFIG.model_copy(update={"models": {"big": source}}), tmp_path, {})
 
 
 def test_samples_need_a_temperature():

@@ -87,6 +87,27 @@ def test_the_layout_of_the_work_may_change(config: RunConfig, run_dir: Path) -> 
     assert state_of("train", changed(config, "training", num_workers=4, max_failures=9), run_dir) == Unfinished()
 
 
+def test_how_hard_a_jury_or_a_further_model_is_asked_may_change(run_dir: Path, tmp_path: Path) -> None:
+    endpoint = {"type": "api", "base_url": "http://127.0.0.1:1/v1", "model": "m"}
+
+    def config(**more: object) -> RunConfig:
+        asked = endpoint | more
+        tree = {
+            "run": {"name": "small"},
+            "model": {"from_scratch": {}},
+            "data": {"path": str(tmp_path / "rows.json")},
+            "generation": {"models": {"rival": asked}},
+            "judge": {"type": "jury", "judges": [asked, endpoint]},
+        }
+        return RunConfig.model_validate(tree)
+
+    for stage, output in (("generate", "responses"), ("judge", "scores")):
+        begin(stage, config(), run_dir, again=False)
+        (run_dir / output).mkdir()
+        assert state_of(stage, config(concurrency=2, timeout_s=3.0), run_dir) == Unfinished()
+        assert isinstance(state_of(stage, config(model="other"), run_dir), Differs)
+
+
 def test_another_result_before_makes_what_follows_differ(config: RunConfig, run_dir: Path) -> None:
     do_prepare(config, run_dir)
     begin("train", config, run_dir, again=False)

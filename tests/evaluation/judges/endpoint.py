@@ -87,6 +87,7 @@ class Endpoint:
     def __enter__(self) -> "Endpoint":
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._handle)
+        app.router.add_post("/v1/completions", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         ready = threading.Event()
 

@@ -9,8 +9,9 @@ import pytest
 from aiohttp import web
 
 from evaluation.config import ApiJudge
+from evaluation.endpoint import Pace
 from evaluation.errors import EvaluationError
-from evaluation.judges.api import ApiEngine, Pace
+from evaluation.judges.api import ApiEngine
 from evaluation.judges.base import Unit
 from evaluation.judges.budget import Budget, Prices
 from evaluation.judges.forms import form_of
