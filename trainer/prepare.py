@@ -11,7 +11,10 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import DataConfig, TrainerConfig
 from trainer.data.collect import Collected, Rejected, collect, parse_line
-from trainer.data.encode import CHUNK_ROWS, ChunkMap, LocalMap, Settings, chunked, encode_chunk, encode_test_chunk
+from trainer.data.conversation import BadRowError
+from trainer.data.encode import Settings, encode_chunk, encode_test_chunk
 from trainer.data.fingerprint import fingerprint, tokenizer_digest
 from trainer.data.leaks import Leaks, find_leaks
 from trainer.data.shards import IGNORE, PackedSplit, SplitWriter
 from trainer.data.sources import is_hub_id
 from trainer.data.splits import Rows, assign_splits, repeat_by_weight
+from trainer.data.spread import ChunkMap, LocalMap, chunked
 from trainer.data.templates import Renderer
 from trainer.data.tokenizer import load_tokenizer, scratch_tokenizer, train_tokenizer
 from trainer.errors import TrainerError
@@ -64,13 +69,12 @@ def prepare(config: TrainerConfig, run_dir: Path, *, map_chunks: ChunkMap | None
         if stored and (found := _summary_of(stored, digest, config)) is not None:
             _copy(stored, run_dir)
             return found
-    partial = run_dir / "data.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    summary = _Preparation(config, partial, map_chunks).run(run_dir)
-    summary["fingerprint"] = digest
-    (partial / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _replace(partial, run_dir / "data")
+    folder = run_dir / "data.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    summary = _prepare(config, folder, run_dir, map_chunks) | {"fingerprint": digest}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _replace(folder, run_dir / "data")
     if stored:
         _copy(run_dir, stored)
     return summary
@@ -117,47 +121,80 @@ def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("base", "data"):
         if (source / name).exists():
-            partial = target / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source / name, partial, copy_function=link)
-            _replace(partial, target / name)
+            unfinished = target / f"{name}.partial"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(source / name, unfinished, copy_function=link)
+            _replace(unfinished, target / name)
 
 
-def _replace(partial: Path, final: Path) -> None:
+def _replace(unfinished: Path, final: Path) -> None:
     shutil.rmtree(final, ignore_errors=True)
-    partial.replace(final)
+    unfinished.replace(final)
 
 
-@dataclass
+def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: ChunkMap | None) -> dict[str, Any]:
+    """Write the folder, and run_dir/base for a model from scratch; return the summary."""
+    data = config.data
+    base_tokenizer = _base_tokenizer(config)
+    rejected = Rejected(folder / "rejected.jsonl", skip=data.on_bad_row == "skip")
+    collected = collect(data, config.seed, folder / "rows.jsonl", rejected)
+    with LocalMap(_num_processes(data, collected.num_rows)) as on_this_machine:
+        preparation = _Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
+        splits, leaks = preparation.split()
+        tokenizer = base_tokenizer or preparation.learn_tokenizer(splits["train"])
+        tokenizer.save_pretrained(folder / "tokenizer")
+        summary = preparation.write(splits, tokenizer)
+    collected.path.unlink()
+    if config.model.from_scratch:
+        _build_base(config, tokenizer, run_dir)
+    return summary | {"leaks": leaks.as_json()}
+
+
+def _base_tokenizer(config: TrainerConfig) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer; None for a model from scratch, whose tokenizer is learned from the rows."""
+    data, scratch = config.data, config.model.from_scratch
+    if scratch is None:
+        return load_tokenizer(config.model, data.template)
+    if data.sequence_length > scratch.max_position_embeddings:
+        raise TrainerError(
+            f"data.sequence_length is {data.sequence_length}, model.from_scratch.max_position_embeddings only "
+            f"{scratch.max_position_embeddings}: lower the one or raise the other"
+        )
+    scratch_tokenizer(data.template)  # refuses a template that it cannot have
+    return None
+
+
+def _num_processes(data: DataConfig, num_rows: int) -> int:
+    """Processes for so many rows: a few thousand are done before another process has started."""
+    return data.num_processes or (len(os.sched_getaffinity(0)) if num_rows > _ROWS_FOR_ONE_PROCESS else 1)
+
+
+def _build_base(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    from trainer.scratch import build_from_scratch  # loads torch and the model classes
+
+    assert config.model.from_scratch is not None  # noqa: S101 - the caller asked
+    unfinished = run_dir / "base.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    build_from_scratch(config.model.from_scratch, tokenizer, config.seed, unfinished)
+    _replace(unfinished, run_dir / "base")
+
+
+@dataclass(frozen=True)
 class _Preparation:
-    """One run of the stage; its methods are the steps."""
+    """One run of the stage, after the rows were collected; its methods are the steps."""
 
     config: TrainerConfig
     folder: Path
-    map_chunks: ChunkMap | None
+    collected: Collected
+    rejected: Rejected
+    map_chunks: ChunkMap
 
-    def run(self, run_dir: Path) -> dict[str, Any]:
+    def split(self) -> tuple[dict[str, Rows], Leaks]:
+        """The rows of each split, train rows as often as they are seen in an epoch; and what test rows they repeat."""
         data, seed = self.config.data, self.config.seed
-        rejected = Rejected(self.folder / "rejected.jsonl", skip=data.on_bad_row == "skip")
-        collected = collect(data, seed, self.folder / "rows.jsonl", rejected)
-        splits = assign_splits(collected, data.split, seed)
+        splits = assign_splits(self.collected, data.split, seed)
         splits["test"] = splits["test"][: data.max_test_rows]
-        leaks = self._drop_leaks(collected, splits)
-        splits["train"] = repeat_by_weight(
-            splits["train"], collected.sources, [source.weight for source in data.all_sources], seed
-        )
-        tokenizer = self._tokenizer(collected, splits["train"])
-        tokenizer.save_pretrained(self.folder / "tokenizer")
-        summary = self._write(collected, splits, tokenizer, rejected)
-        collected.path.unlink()
-        summary["leaks"] = leaks.as_json()
-        if self.config.model.from_scratch:
-            self._build_base(tokenizer, run_dir)
-        return summary
-
-    def _drop_leaks(self, collected: Collected, splits: dict[str, Rows]) -> Leaks:
-        data = self.config.data
-        leaks = find_leaks(collected, splits["train"], splits["test"], data.leak_similarity)
+        leaks = find_leaks(self.collected, splits["train"], splits["test"], data.leak_similarity, self.map_chunks)
         found = np.array(sorted(leaks.exact + leaks.near), dtype=np.int64)
         if found.size and data.leaks == "fail":
             raise TrainerError(
@@ -167,25 +204,25 @@ class _Preparation:
             )
         if data.leaks == "drop":
             splits["train"] = np.setdiff1d(splits["train"], found)
-        return leaks
+        weights = [source.weight for source in data.all_sources]
+        splits["train"] = repeat_by_weight(splits["train"], self.collected.sources, weights, seed)
+        return splits, leaks
 
-    def _tokenizer(self, collected: Collected, train: Rows) -> PreTrainedTokenizerBase:
+    def learn_tokenizer(self, train: Rows) -> PreTrainedTokenizerBase:
+        """A tokenizer of the train rows; rows that the template refuses are told when they are tokenized."""
         data, scratch = self.config.data, self.config.model.from_scratch
-        if scratch is None:
-            return load_tokenizer(self.config.model, data.template)
-        if data.sequence_length > scratch.max_position_embeddings:
-            raise TrainerError(
-                f"data.sequence_length is {data.sequence_length}, model.from_scratch.max_position_embeddings only "
-                f"{scratch.max_position_embeddings}: lower the one or raise the other"
-            )
-        renderer = Renderer(scratch_tokenizer(data.template), data.train_on)
-        rows = (parse_line(line).conversation for line in collected.lines(np.unique(train)))
-        texts = (segment.text.replace(renderer.stop_token, "") for row in rows for segment in renderer.segments(row))
-        return train_tokenizer(texts, data.template, scratch.vocab_size)
+        assert scratch is not None  # noqa: S101 - the caller asked
+        renderer = Renderer(scratch_tokenizer(data.template), data.train_on, data.special_tokens)
 
-    def _write(
-        self, collected: Collected, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase, rejected: Rejected
-    ) -> dict[str, Any]:
+        def texts() -> Iterator[str]:
+            for line in self.collected.lines(np.unique(train)):
+                with suppress(BadRowError):
+                    for segment in renderer.segments(parse_line(line).conversation):
+                        yield segment.text.replace(renderer.stop_token, "")
+
+        return train_tokenizer(texts(), data.template, scratch.vocab_size)
+
+    def write(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Write the shards and the test set; return the summary."""
         data = self.config.data
         settings = Settings(
@@ -195,83 +232,87 @@ class _Preparation:
             sequence_length=data.sequence_length,
             overlong=data.overlong,
             audit=data.audit,
+            special_tokens=data.special_tokens,
         )
-        dropped: Counter[str] = Counter()
-        truncated: Counter[str] = Counter()
-        counts: dict[str, Any] = {}
-        for name in ("train", "validation"):
-            writer = SplitWriter(self.folder / name)
-            lines = collected.lines(np.sort(splits[name]))
-            for chunk in self._map(splits[name].size)(encode_chunk, settings, chunked(lines)):
-                for error in chunk.bad:
-                    rejected.add(error)
-                dropped.update(chunk.dropped)
-                truncated.update(chunk.truncated)
-                writer.add_rows(chunk.row_ids, chunk.rows)
-            counts[name] = writer.finish(
+        tally = _Tally()
+        writers = {name: self._encode(settings, name, splits[name], tally) for name in ("train", "validation")}
+        num_test = self._write_test(settings, splits["test"], tally)
+        self.rejected.check()
+        dropped = dict(tally.dropped + self.rejected.counts)
+        counts = {
+            name: writer.finish(
                 sequence_length=data.sequence_length,
                 packing=data.packing,
                 pad_token_id=tokenizer.pad_token_id,
                 seed=self.config.seed,
             )
-            if not counts[name]["rows"]:
-                raise TrainerError(f"every {name} row was left out ({dict(dropped + rejected.counts)})")
-        counts["test"], asked_otherwise = self._write_test(settings, collected, splits["test"], rejected)
+            for name, writer in writers.items()
+        } | {"test": {"rows": num_test}}
+        if empty := [name for name, split in counts.items() if not split["rows"]]:
+            raise TrainerError(f"every {empty[0]} row was left out ({dropped})")
         return {
-            **self._asked(collected),
+            **self._asked(),
             "vocab_size": len(tokenizer),
             "stop_token": tokenizer.eos_token,
             "splits": counts,
-            "dropped": dict(dropped + rejected.counts),
-            "truncated": dict(truncated),
-            "test_prompts_a_chat_api_tokenizes_otherwise": asked_otherwise,
+            "dropped": dropped,
+            "truncated": dict(tally.truncated),
+            "noticed": dict(+tally.noticed),
+            "test_prompts_a_chat_api_tokenizes_otherwise": tally.asked_otherwise,
         }
 
-    def _asked(self, collected: Collected) -> dict[str, Any]:
+    def _asked(self) -> dict[str, Any]:
         """The summary's part that tells what was read and how."""
-        data = self.config.data
+        data, formats = self.config.data, self.collected.formats
         return {
-            "format": ", ".join(dict.fromkeys(collected.formats)),
+            "format": ", ".join(dict.fromkeys(formats)),
             "template": data.template,
             "train_on": data.train_on,
+            "special_tokens": data.special_tokens,
             "sequence_length": data.sequence_length,
             "audited": data.audit,
             "sources": [
                 {"path": source.path, "format": form, "revision": source.revision}
-                for source, form in zip(data.all_sources, collected.formats, strict=False)
+                for source, form in zip(data.all_sources, formats, strict=False)
             ],
         }
 
-    def _write_test(
-        self, settings: Settings, collected: Collected, test: Rows, rejected: Rejected
-    ) -> tuple[dict[str, int], int]:
-        num_rows = asked_otherwise = 0
+    def _encode(self, settings: Settings, name: str, rows: Rows, tally: _Tally) -> SplitWriter:
+        """Write the tokens of a split; its packs are planned when the writer finishes."""
+        writer = SplitWriter(self.folder / name)
+        lines = chunked(self.collected.lines(np.sort(rows)))
+        for chunk in self.map_chunks(partial(encode_chunk, settings), lines):
+            for error in chunk.bad:
+                self.rejected.add(error)
+            tally.dropped.update(chunk.dropped)
+            tally.truncated.update(chunk.truncated)
+            tally.noticed.update(chunk.noticed)
+            writer.add_rows(chunk.row_ids, chunk.rows)
+        return writer
+
+    def _write_test(self, settings: Settings, rows: Rows, tally: _Tally) -> int:
+        """Write test.jsonl; returns its rows."""
+        num_rows = 0
+        lines = chunked(self.collected.lines(np.sort(rows)))
         with (self.folder / "test.jsonl").open("w", encoding="utf-8") as file:
-            for chunk in self._map(test.size)(encode_test_chunk, settings, chunked(collected.lines(np.sort(test)))):
+            for chunk in self.map_chunks(partial(encode_test_chunk, settings), lines):
                 for error in chunk.bad:
-                    rejected.add(error)
+                    self.rejected.add(error)
+                tally.noticed.update(chunk.noticed)
+                tally.asked_otherwise += chunk.num_asked_otherwise
                 file.writelines(chunk.lines)
                 num_rows += len(chunk.lines)
-                asked_otherwise += chunk.num_asked_otherwise
-        if not num_rows:
-            raise TrainerError(f"every test row was left out ({dict(rejected.counts)})")
-        return {"rows": num_rows}, asked_otherwise
+        return num_rows
 
-    def _map(self, num_rows: int) -> ChunkMap:
-        """Where so many rows are tokenized: a few thousand are done before another process has started."""
-        cores = len(os.sched_getaffinity(0)) if num_rows > _ROWS_FOR_ONE_PROCESS else 1
-        processes = (self.config.data.num_processes or cores) if num_rows > CHUNK_ROWS else 1
-        return self.map_chunks or LocalMap(processes)
 
-    def _build_base(self, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
-        from trainer.scratch import build_from_scratch  # loads torch and the model classes
+@dataclass
+class _Tally:
+    """What became of rows, counted by reason."""
 
-        scratch = self.config.model.from_scratch
-        assert scratch is not None  # noqa: S101 - the caller asked
-        partial = run_dir / "base.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        build_from_scratch(scratch, tokenizer, self.config.seed, partial)
-        _replace(partial, run_dir / "base")
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    asked_otherwise: int = 0
 
 
 def show(config: TrainerConfig, run_dir: Path, n: int, console: Console) -> None:

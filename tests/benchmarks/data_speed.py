@@ -102,7 +102,8 @@ def real_lengths(rows: list[dict[str, str]], folder: Path) -> np.ndarray:
 
 def tokenize_ours(rows: Path, folder: Path, audit: bool = False) -> dict[str, Any]:
     """Read collected lines; render, tokenize and mask them in this process."""
-    from trainer.data.encode import Settings, chunked, encode_chunk
+    from trainer.data.encode import Settings, encode_chunk
+    from trainer.data.spread import chunked
 
     settings = Settings(str(folder), "", "assistant", SEQUENCE_LENGTH, "drop", audit)
     encode_chunk(settings, rows.read_bytes().splitlines()[:1])

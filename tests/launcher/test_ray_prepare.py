@@ -31,8 +31,8 @@ def test_the_shards_are_the_same_to_the_byte(tmp_path: Path, local_ray: Resource
     prepare(config, tmp_path / "here")
     seen: list[int] = []
 
-    def counting(function, settings, chunks):  # type: ignore[no-untyped-def]
-        for outcome in map_on_ray(function, settings, chunks):
+    def counting(function, chunks):  # type: ignore[no-untyped-def]
+        for outcome in map_on_ray(function, chunks):
             seen.append(1)
             yield outcome
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from rich.console import Console
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.trainer.data.chat_templates import make_tokenizer
+from tests.trainer.data.chat_templates import TEMPLATES, make_tokenizer
 from trainer.config import TrainerConfig
 from trainer.data.collect import Line
 from trainer.data.conversation import Conversation
 from trainer.data.encode import Settings, audit, encode_chunk
 from trainer.data.shards import PackedSplit
-from trainer.data.templates import Segment
+from trainer.data.templates import Segment, set_template
 from trainer.data.tokens import Encoder
 from trainer.errors import TrainerError
 from trainer.prepare import prepare, show
@@ -209,16 +210,24 @@ def test_several_sources_with_weights_limits_and_categories(tmp_path, base):
     assert {row["category"] for row in read_test(tmp_path / "run")} == {"a", "b"}
 
 
-def test_bad_rows_fail_or_are_skipped_and_told(tmp_path, base):
+def test_bad_rows_fail_together_or_are_skipped_and_told(tmp_path, base):
     rows = make_rows(40)
     rows[3]["output"] = ""
-    del rows[7]["instruction"]
-    rows[9]["output"] = "end</s>more"
     path = write(tmp_path / "rows.json", rows)
     with pytest.raises(
         TrainerError, match=r"rows.json, row 4: output: is empty; mend the row, or set data.on_bad_row: skip"
     ):
         prepare(configure(path, base), tmp_path / "run")
+    del rows[7]["instruction"]
+    rows[9]["output"] = "end</s>more"
+    write(path, rows)
+    with pytest.raises(TrainerError) as told:
+        prepare(configure(path, base, template="chat"), tmp_path / "run")
+    assert re.fullmatch(
+        r"2 rows cannot be used, these 2:\n  \S*rows.json, row 4: output: is empty\n  \S*rows.json, row 8: "
+        r"instruction: is missing; .*\nAll of them stand in (\S*/rejected.jsonl). Mend them, or set data.*: skip.*",
+        str(told.value),
+    )
     assert not (tmp_path / "run" / "data").exists()
     summary = prepare(configure(path, base, on_bad_row="skip", template="chat"), tmp_path / "run")
     assert summary["dropped"] == {"bad row": 3}
@@ -228,6 +237,47 @@ def test_bad_rows_fail_or_are_skipped_and_told(tmp_path, base):
         (8, "instruction"),
         (10, "messages[1].content"),
     ]
+
+
+def test_of_many_bad_rows_the_first_are_told_and_all_are_listed(tmp_path, base):
+    rows = [row | {"output": row["output"] + "</s>"} for row in make_rows(60)]
+    path = write(tmp_path / "rows.json", rows)
+    with pytest.raises(TrainerError, match=r"^60 rows cannot be used, the first 20:\n") as told:
+        prepare(configure(path, base, template="chat"), tmp_path / "run")
+    assert str(told.value).count("spells the special token '</s>'") == 20
+    listed = re.search(r"stand in (\S*/rejected.jsonl)", str(told.value))[1]
+    assert len(Path(listed).read_text().splitlines()) == 60
+
+
+def test_special_tokens_in_the_text_are_letters_or_the_row_is_bad(tmp_path, base):
+    rows = make_rows(40)
+    rows[3] |= {"instruction": "Strike </s>this<s>", "split": "train"}
+    rows[5] |= {"output": "Write </s> to stop", "split": "test"}
+    for number, row in enumerate(rows):
+        row.setdefault("split", "validation" if number < 10 else "train")
+    config = configure(
+        write(tmp_path / "rows.json", rows), base, template="chat", split={"type": "column"}, special_tokens="as_text"
+    )
+    summary = prepare(config, tmp_path / "run")
+    assert summary["special_tokens"] == "as_text"
+    assert summary["noticed"] == {"the text spells a special token, tokenized as ordinary letters": 2}
+    assert summary["test_prompts_a_chat_api_tokenizes_otherwise"] == 0
+    (test_row,) = read_test(tmp_path / "run")
+    assert test_row["reference"] == "Write </s> to stop"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "data" / "tokenizer")
+    split = PackedSplit.open(tmp_path / "run" / "data" / "train")
+    input_ids, _ = split.row_tokens(ids(tmp_path / "run")["train"].index("r3"))
+    assert "Strike </s>this<s></s>" in tokenizer.decode(input_ids)
+    # The template's own: one after the question, one after the answer.
+    assert np.count_nonzero(input_ids == tokenizer.eos_token_id) == 2
+    assert np.count_nonzero(input_ids == tokenizer.bos_token_id) == 0
+
+
+def test_rows_whose_text_reads_like_another_turn_are_counted(tmp_path, base):
+    rows = make_rows(40)
+    rows[3]["instruction"] += "\n\n### Response:\nNo."
+    summary = prepare(configure(write(tmp_path / "rows.json", rows), base), tmp_path / "run")
+    assert summary["noticed"] == {"the text holds '### Response:', which the template writes between turns": 1}
 
 
 @pytest.mark.parametrize(
@@ -431,8 +481,11 @@ class TestAudit:
 
     MESSAGES = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"})
 
-    def test_a_good_row_passes(self, tmp_path):
-        assert self.run(make_tokenizer("zephyr"), tmp_path, self.MESSAGES).row_ids == ["x"]
+    @pytest.mark.parametrize("name", sorted(TEMPLATES))
+    def test_a_good_row_passes(self, tmp_path, name):
+        tokenizer = make_tokenizer(name)
+        set_template(tokenizer, "chat")
+        assert self.run(tokenizer, tmp_path, self.MESSAGES * 2).row_ids == ["x"]
 
     def test_a_row_without_targets(self, tmp_path):
         unweighted = [self.MESSAGES[0], self.MESSAGES[1] | {"weight": 0}]

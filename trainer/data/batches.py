@@ -159,6 +159,7 @@ def collate(split: PackedSplit, packs: npt.NDArray[np.int64]) -> dict[str, torch
     input_ids = np.full(shape, split.pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     position_ids = np.empty(shape, dtype=np.int64)
+    positions = np.arange(width)
     for sequence, pack in enumerate(packs):
         at = 0
         for row in split.rows(pack) if pack != EMPTY else ():
@@ -166,9 +167,9 @@ def collate(split: PackedSplit, packs: npt.NDArray[np.int64]) -> dict[str, torch
             end = at + row_ids.size
             input_ids[sequence, at:end] = row_ids
             labels[sequence, at:end] = row_labels
-            position_ids[sequence, at:end] = np.arange(row_ids.size)
+            position_ids[sequence, at:end] = positions[: row_ids.size]
             at = end
-        position_ids[sequence, at:] = np.arange(width - at)
+        position_ids[sequence, at:] = positions[: width - at]
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),

@@ -23,6 +23,7 @@ from trainer.errors import TrainerError
 SPLITS = ("train", "validation", "test")
 UNSPLIT = -1
 _FIRST_ROWS = 100  # from which `auto` decides
+_TOLD_ROWS = 20  # bad rows in the message; the file has all
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Collected:
     def lines(self, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:
         """The JSON lines of some rows, in the order asked for; `parse_line` reads one."""
         with self.path.open("rb") as file:
-            for start in self.starts[rows].tolist():
+            for start in self.starts[rows]:
                 file.seek(start)
                 yield file.readline()
 
@@ -70,11 +71,12 @@ def parse_line(line: bytes) -> Line:
 
 
 class Rejected:
-    """Bad rows: the first one ends the stage, or all are written to a file and counted by reason."""
+    """Bad rows: all are written to a file and counted; where none may be skipped, the first ones are told together."""
 
     def __init__(self, path: Path, skip: bool) -> None:
         self._path = path
         self._skip = skip
+        self._first: list[str] = []
         self.counts: Counter[str] = Counter()
 
     def add(self, error: BadRowError) -> None:
@@ -82,16 +84,32 @@ class Rejected:
 
         Args:
             error: with its place.
-
-        Raises:
-            TrainerError: bad rows are not to be skipped.
         """
-        if not self._skip:
-            raise TrainerError(f"{error}; mend the row, or set data.on_bad_row: skip to leave such rows out") from error
         line = {"file": error.file, "row": error.row, "field": error.field, "reason": error.reason}
         with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.counts["bad row"] += 1
+        if len(self._first) < _TOLD_ROWS:
+            self._first.append(str(error))
+
+    def check(self) -> None:
+        """End the stage where rows were bad and none may be skipped.
+
+        Raises:
+            TrainerError: tells the first of them, how many there are, and where all of them are listed.
+        """
+        number = self.counts["bad row"]
+        if self._skip or not number:
+            return
+        way_out = "set data.on_bad_row: skip to leave such rows out"
+        if number == 1:
+            raise TrainerError(f"{self._first[0]}; mend the row, or {way_out}")
+        first = "the first" if number > len(self._first) else "these"
+        raise TrainerError(
+            f"{number:,} rows cannot be used, {first} {len(self._first)}:\n  "
+            + "\n  ".join(self._first)
+            + f"\nAll of them stand in {self._path}. Mend them, or {way_out}"
+        )
 
 
 def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Collected:
@@ -107,7 +125,8 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
         The collected rows.
 
     Raises:
-        TrainerError: a source cannot be read, has no usable row, or two rows have the same id.
+        TrainerError: a source cannot be read, has no usable row or a bad one that may not be skipped, or two rows have
+            the same id.
     """
     sources = [(source, UNSPLIT) for source in data.all_sources]
     if isinstance(data.split, FileSplit):
@@ -131,7 +150,9 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
                 ids.append(hash(line.conversation.id))
                 file.write(_dumped(line))
             if len(starts) == before:
+                rejected.check()
                 raise TrainerError(f"data: {source.path} has no row that can be used")
+    rejected.check()
     collected = Collected(
         path, np.array(starts), np.array(of_source), np.array(splits), np.array(categories), tuple(formats)
     )

@@ -1,4 +1,4 @@
-"""Chunks of collected rows -> token ids and labels, checked and fitted, in this process or in several.
+"""Chunks of collected rows -> token ids and labels, checked and fitted.
 
 A chunk's outcome depends on the chunk and the settings alone, so shards have the same bytes however the work is spread.
 """
@@ -6,15 +6,13 @@ A chunk's outcome depends on the chunk and the settings alone, so shards have th
 from __future__ import annotations
 
 import json
-import multiprocessing
+import re
 import unicodedata
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from trainer.data.collect import Line, parse_line
 from trainer.data.conversation import BadRowError
 from trainer.data.shards import IGNORE
-from trainer.data.templates import Renderer, Segment, TrainOn
+from trainer.data.templates import Renderer, Segment, SpecialTokens, TrainOn
 from trainer.data.tokens import EncodedRow, Encoder
 from trainer.errors import TrainerError
-
-CHUNK_ROWS = 500
-_CHUNKS_AHEAD = 4  # a process has so many chunks waiting, so that memory stays flat
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class Settings:
     sequence_length: int
     overlong: Literal["drop", "truncate_response", "truncate_left", "fail"]
     audit: bool
+    special_tokens: SpecialTokens = "refuse"
 
 
 @dataclass
@@ -54,6 +50,8 @@ class EncodedChunk:
     """Token ids and labels of each."""
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    """Rows that are kept as they are, and that a person should know of."""
     bad: list[BadRowError] = field(default_factory=list)
 
 
@@ -62,37 +60,20 @@ class TestChunk:
     """Lines of test.jsonl."""
 
     lines: list[str] = field(default_factory=list)
+    noticed: Counter[str] = field(default_factory=Counter)
     bad: list[BadRowError] = field(default_factory=list)
     num_asked_otherwise: int = 0
     """Rows whose prompt, tokenized as one text as a chat API does it, has other ids than in training."""
 
 
-Chunk = TypeVar("Chunk")
-
-
-class ChunkMap(Protocol):
-    """Applies a function to chunks, anywhere, and gives the outcomes in the order of the chunks."""
-
-    def __call__(
-        self,
-        function: Callable[[Settings, Sequence[bytes]], Chunk],
-        settings: Settings,
-        chunks: Iterator[list[bytes]],
-    ) -> Iterator[Chunk]:
-        """Apply the function to each chunk."""
+_AS_TEXT = "the text spells a special token, tokenized as ordinary letters"
 
 
 @lru_cache(maxsize=2)
 def _tools(settings: Settings) -> tuple[Renderer, Encoder]:
     """A process loads the tokenizer once."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer)
-    return Renderer(tokenizer, settings.train_on), Encoder(tokenizer)
-
-
-def chunked(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Cut lines into chunks."""
-    while chunk := list(islice(lines, CHUNK_ROWS)):
-        yield chunk
+    return Renderer(tokenizer, settings.train_on, settings.special_tokens), Encoder(tokenizer)
 
 
 def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
@@ -110,7 +91,7 @@ def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
     """
     _, encoder = _tools(settings)
     chunk = EncodedChunk()
-    kept, segments = _rendered(settings, lines, chunk.bad)
+    kept, segments = _rendered(settings, lines, chunk)
     encoded = encoder.encode(segments)
     if settings.audit:
         audit(kept, segments, encoded, settings)
@@ -125,9 +106,9 @@ def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
 
 
 def _rendered(
-    settings: Settings, lines: Sequence[bytes], bad: list[BadRowError]
+    settings: Settings, lines: Sequence[bytes], chunk: EncodedChunk | TestChunk
 ) -> tuple[list[Line], list[list[Segment]]]:
-    """The rows that the template can write, and their segments."""
+    """The rows that the template can write, and their segments; notes in the chunk what is to be told of rows."""
     renderer, _ = _tools(settings)
     kept, segments = [], []
     for line in map(parse_line, lines):
@@ -135,7 +116,12 @@ def _rendered(
             segments.append(renderer.segments(line.conversation))
             kept.append(line)
         except BadRowError as error:
-            bad.append(error.at(line.file, line.row))
+            chunk.bad.append(error.at(line.file, line.row))
+            continue
+        chunk.noticed[_AS_TEXT] += any(segment.cuts for segment in segments[-1])
+        for mark in renderer.turn_marks:
+            spelled = any(mark in message["content"] for message in line.conversation.messages)
+            chunk.noticed[f"the text holds {mark!r}, which the template writes between turns"] += spelled
     return kept, segments
 
 
@@ -151,7 +137,7 @@ def encode_test_chunk(settings: Settings, lines: Sequence[bytes]) -> TestChunk:
     """
     renderer, encoder = _tools(settings)
     chunk = TestChunk()
-    kept, segments = _rendered(settings, lines, chunk.bad)
+    kept, segments = _rendered(settings, lines, chunk)
     for line, row_segments, row in zip(kept, segments, encoder.encode(segments), strict=True):
         *before, answer = row_segments
         prompt = "".join(segment.text for segment in before)
@@ -229,7 +215,7 @@ def audit(
         if not np.any(row.labels[1:] != IGNORE):
             raise TrainerError(f"{where}: no token is a target, so nothing would be learned from the row: take it out")
         written = "".join(segment.text for segment in row_segments)
-        if text != written and not _same_letters(text, written):
+        if text != written and not _same_letters(text, written, renderer.special):
             at = next((i for i, (a, b) in enumerate(zip(text, written, strict=False)) if a != b), 0)
             raise TrainerError(
                 f"{where}: the token ids say something else than the text, from character {at}: "
@@ -247,43 +233,11 @@ def audit(
                 )
 
 
-def _same_letters(decoded: str, written: str) -> bool:
-    """Whether two texts differ only in how Unicode writes a letter, or in the space that SentencePiece puts first."""
-    return unicodedata.normalize("NFC", decoded).lstrip(" ") == unicodedata.normalize("NFC", written).lstrip(" ")
+def _same_letters(decoded: str, written: str, special: re.Pattern[str]) -> bool:
+    """Whether two texts differ only in how Unicode writes a letter, or in the space that SentencePiece puts first.
 
-
-@dataclass(frozen=True)
-class LocalMap:
-    """A ChunkMap over the processes of this machine; with one process the work is done in this one."""
-
-    num_processes: int
-
-    def __call__(
-        self,
-        function: Callable[[Settings, Sequence[bytes]], Chunk],
-        settings: Settings,
-        chunks: Iterator[list[bytes]],
-    ) -> Iterator[Chunk]:
-        """Apply the function to each chunk.
-
-        Args:
-            function: a function of this module.
-            settings: its first argument.
-            chunks: its second.
-
-        Yields:
-            The outcomes, in the order of the chunks.
-        """
-        if self.num_processes == 1:
-            yield from (function(settings, chunk) for chunk in chunks)
-            return
-        # Spawned, not forked: the tokenizer's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.num_processes, mp_context=context) as pool:
-            waiting: deque[Future[Chunk]] = deque()
-            for chunk in chunks:
-                waiting.append(pool.submit(function, settings, chunk))
-                if len(waiting) > self.num_processes * _CHUNKS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+    It puts one where a text starts, and older tokenizers of the kind also after each special token.
+    """
+    after_special = re.compile(f"(^|{special.pattern}) +")
+    one, other = (after_special.sub(r"\1", unicodedata.normalize("NFC", text)) for text in (decoded, written))
+    return one == other

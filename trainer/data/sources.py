@@ -10,8 +10,9 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -116,29 +117,29 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[object]:
 
 def _read_json(path: Path) -> Iterator[object]:
     with _open_text(path, newline="\n") as file:
-        start = file.read(1)
+        line, start = 1, file.read(1)
         while start.isspace():
+            line += start == "\n"
             start = file.read(1)
         if start == "[":
-            yield from _read_list(file, path)
+            yield from _read_list(file, path, line)
         elif start:
-            yield from _read_lines(file, start)
+            yield from _read_lines(chain([start + file.readline()], file), line)
 
 
-def _read_lines(file: TextIO, start: str) -> Iterator[object]:
-    for line in file:
-        text, start = start + line, ""
+def _read_lines(lines: Iterable[str], first: int) -> Iterator[object]:
+    for number, text in enumerate(lines, start=first):
         if text.strip():
             try:
-                yield json.loads(text)
+                yield json.loads(text.rstrip())
+            except json.JSONDecodeError as error:
+                yield BadRowError(f"line {number} is not valid JSON: {error.msg} at column {error.colno}")
             except (ValueError, RecursionError) as error:
-                yield BadRowError(f"is not valid JSON: {error}")
-    if start:
-        yield BadRowError(f"is not valid JSON: {start}")
+                yield BadRowError(f"line {number} is not valid JSON: {error}")
 
 
-def _read_list(file: TextIO, path: Path) -> Iterator[object]:
-    """The items of a JSON list whose opening bracket has been read."""
+def _read_list(file: TextIO, path: Path, line: int) -> Iterator[object]:
+    """The items of a JSON list whose opening bracket has been read, on this line of the file."""
     decode = json.JSONDecoder().raw_decode
     text, at, size, number = "", 0, _READ_CHARACTERS, 0
     while True:
@@ -148,9 +149,9 @@ def _read_list(file: TextIO, path: Path) -> Iterator[object]:
                 break
             item, end = decode(text, at)
             # An item that ends where the text read so far ends may go on after it.
-            complete = end < len(text)
+            complete, problem = end < len(text), "the file ends inside the list"
         except json.JSONDecodeError as error:
-            complete, problem = False, str(error)
+            complete, problem = False, f"line {line + text.count(chr(10), 0, error.pos)}: {error.msg}"
         except (ValueError, RecursionError) as error:
             raise TrainerError(f"{path}, row {number + 1}: is not valid JSON: {error}") from None
         if complete:
@@ -160,6 +161,7 @@ def _read_list(file: TextIO, path: Path) -> Iterator[object]:
         more = file.read(size)
         if not more:
             raise TrainerError(f"{path}, row {number + 1}: the JSON list is broken or cut off: {problem}")
+        line += text.count("\n", 0, at)
         text, at, size = text[at:] + more, 0, size * 2  # doubling keeps the work linear for one huge row
 
 

@@ -5,13 +5,22 @@ exported tokenizer come from one text. Only the sandboxed engine of transformers
 
 An assistant turn's place in the text is found by rendering, never by looking for its words: the text of the messages
 before it with the generation prompt must be a prefix of the text of the whole conversation, so the turn starts where
-that prefix ends, and it ends with the first stop token after that (a stop token inside a message is refused).
+that prefix ends, and it ends with the first stop token after that.
+
+What a row says never becomes a control token: a row whose text spells a special token of the tokenizer is a bad row, or
+its letters are cut apart so that they are tokenized as ordinary text.
 """
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import jinja2
@@ -22,6 +31,12 @@ from trainer.errors import TrainerError
 
 TemplateName = Literal["alpaca", "phi3", "chatml", "chat"]
 TrainOn = Literal["assistant", "last_assistant", "all"]
+SpecialTokens = Literal["refuse", "as_text"]
+
+_RENDER_SECONDS = 10.0  # CPU time of one conversation; ten megabytes of text take well under a second
+_FREE_CHARACTERS = 1_000_000  # a template may write so many, and
+_CHARACTERS_A_CHARACTER = 20  # so many more for each character of the conversation
+_CUT = "\ufdd0"  # a noncharacter of Unicode: marks where letters that spell a special token are cut apart
 
 # What an assistant says: its thoughts, its words and its tool calls; and how tools are offered to it.
 _MACROS = """\
@@ -124,6 +139,14 @@ class Segment:
 
     text: str
     is_target: bool
+    cuts: tuple[int, ...] = ()
+    """Positions at which no token reaches over: they keep letters of the row from becoming a special token."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text between the cuts."""
+        edges = [0, *self.cuts, len(self.text)]
+        return [self.text[start:end] for start, end in pairwise(edges)]
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: TemplateName) -> None:
@@ -176,10 +199,57 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, ask: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        with _limited_time():
+            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise BadRowError(f"the chat template refuses the conversation: {error}", "messages") from error
-    return str(text)
+    text = str(text)
+    if len(text) > _FREE_CHARACTERS:
+        given = len(str(messages)) + len(str(tools))
+        if len(text) > _FREE_CHARACTERS + _CHARACTERS_A_CHARACTER * given:
+            raise TrainerError(
+                f"the chat template makes {len(text):,} characters of a conversation of {given:,}: {_OTHER_TEMPLATE}"
+            )
+    return text
+
+
+_OTHER_TEMPLATE = "it is broken or means harm; mend it, or choose data.template alpaca, phi3 or chatml"
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Raise TrainerError in what takes too much CPU time; a template is code, and the sandbox lets it loop.
+
+    Only the main thread of a process can be interrupted, which is where rows are rendered.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise TrainerError(
+            f"the chat template takes more than {_RENDER_SECONDS:g} s of CPU time for one conversation: "
+            f"{_OTHER_TEMPLATE}"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _each_text(value: Any, field: str, change: Callable[[str, str], str]) -> Any:  # noqa: ANN401 - JSON is anything
+    """The same JSON value, each text in it changed; the function gets the text and its field."""
+    if isinstance(value, str):
+        return change(value, field)
+    if isinstance(value, list):
+        return [_each_text(item, f"{field}[{number}]", change) for number, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {change(key, field): _each_text(item, f"{field}.{key}", change) for key, item in value.items()}
+    return value
 
 
 @dataclass(frozen=True)
@@ -188,11 +258,36 @@ class Renderer:
 
     tokenizer: PreTrainedTokenizerBase
     train_on: TrainOn
+    special_tokens: SpecialTokens = "refuse"
 
     @cached_property
     def stop_token(self) -> str:
         """Ends every assistant turn, and is a target there."""
         return str(self.tokenizer.eos_token)
+
+    @cached_property
+    def turn_marks(self) -> tuple[str, ...]:
+        """What the template writes between turns, where it does so without a special token.
+
+        Text that spells one reads like another turn, and nothing in the token ids tells them apart.
+        """
+        words = ("First words", "Second words", "Third words")
+        messages = [
+            {"role": role, "content": said} for role, said in zip(("user", "assistant", "user"), words, strict=True)
+        ]
+        try:
+            text = _render(self.tokenizer, messages, None, True)
+        except BadRowError:
+            return ()
+        marks = (mark.strip() for mark in re.split("|".join(words), text)[1:])
+        return tuple(dict.fromkeys(mark for mark in marks if mark and not self.special.search(mark)))
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Any special token of the tokenizer, the longest first."""
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        known = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, known)))
 
     def segments(self, conversation: Conversation) -> list[Segment]:
         """The conversation's text, cut where assistant turns start and end.
@@ -208,12 +303,14 @@ class Renderer:
             Segments whose texts joined are the whole text; the one before the last is what a model is asked with.
 
         Raises:
-            BadRowError: the template refuses the conversation or leaves a message out, or one holds the stop token.
-            TrainerError: the template hides where a turn starts or ends.
+            BadRowError: the template refuses the conversation or leaves a message out, or one spells a special token
+                where that is refused.
+            TrainerError: the template hides where a turn starts or ends, or takes too long.
         """
-        messages, tools = conversation.messages, conversation.tools
+        messages: list[Message] = _each_text(conversation.messages, "messages", self._guarded)
+        tools = _each_text(conversation.tools, "tools", self._guarded)
         text = _render(self.tokenizer, messages, tools, False)
-        self._check_messages(conversation, text)
+        _check_messages(messages, tools, text)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_assistant":
             turns = turns[-1:]
@@ -225,27 +322,27 @@ class Renderer:
             told = messages[after:number]
             context = self.train_on == "all" and all(message["role"] != "tool" for message in told)
             segments += [
-                Segment(text[at:start], context),
-                Segment(text[start:end], messages[number].get("weight") != 0),
+                _segment(text[at:start], context),
+                _segment(text[start:end], messages[number].get("weight") != 0),
             ]
             at, after = end, number + 1
         return segments
 
-    def _check_messages(self, conversation: Conversation, text: str) -> None:
-        """Refuse a conversation that holds the stop token, or of which the template leaves something out."""
-        for number, message in enumerate(conversation.messages):
-            content = message["content"]
-            if self.stop_token in content:
-                raise BadRowError(f"holds the stop token {self.stop_token!r}", f"messages[{number}].content")
-            # A template may leave out the thoughts of earlier turns, and trims what it writes.
-            said = content.rpartition("</think>")[2].strip()
-            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-            if message["role"] != "tool" and not all(part in text for part in (said, *calls)):
-                raise BadRowError(
-                    f"the chat template leaves out what the {message['role']} says", f"messages[{number}]"
-                )
-        if conversation.tools and not all(str(tool["function"].get("name", "")) in text for tool in conversation.tools):
-            raise BadRowError("the chat template leaves the tools out", "tools")
+    def _guarded(self, text: str, field: str) -> str:
+        """The text with a mark inside each special token that it spells, or BadRowError."""
+        spelled = self.special.search(text)
+        if spelled and (self.special_tokens == "refuse" or len(spelled[0]) == 1):
+            raise BadRowError(
+                f"spells the special token {spelled[0]!r}, which the model would read as a control token; "
+                "data.special_tokens: as_text makes it ordinary letters",
+                field,
+            )
+        if self.special_tokens == "as_text" and _CUT in text:
+            raise BadRowError("holds U+FDD0, which is no character", field)
+        while spelled:  # a mark in one may leave another that overlapped it
+            text = self.special.sub(lambda found: found[0][0] + _CUT + found[0][1:], text)
+            spelled = self.special.search(text)
+        return text
 
     def _start(self, text: str, prompt: str, at: int, number: int) -> int:
         """Where the assistant's words of message `number` start."""
@@ -267,3 +364,25 @@ class Renderer:
                 "phi3 or chatml"
             )
         return stop + len(self.stop_token)
+
+
+def _segment(text: str, is_target: bool) -> Segment:
+    """A segment of text in which marks say where it is to be cut."""
+    *before, last = text.split(_CUT)
+    cuts, at = [], 0
+    for piece in before:
+        at += len(piece)
+        cuts.append(at)
+    return Segment("".join([*before, last]), is_target, tuple(cuts))
+
+
+def _check_messages(messages: list[Message], tools: list[Any] | None, text: str) -> None:
+    """Refuse a conversation of which the template leaves something out."""
+    for number, message in enumerate(messages):
+        # A template may leave out the thoughts of earlier turns, and trims what it writes.
+        said = message["content"].rpartition("</think>")[2].strip()
+        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        if message["role"] != "tool" and not all(part in text for part in (said, *calls)):
+            raise BadRowError(f"the chat template leaves out what the {message['role']} says", f"messages[{number}]")
+    if tools and not all(str(tool["function"].get("name", "")) in text for tool in tools):
+        raise BadRowError("the chat template leaves the tools out", "tools")

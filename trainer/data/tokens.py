@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -69,15 +70,21 @@ class Encoder:
         Returns:
             One row for each.
         """
-        answers = iter(self._ids(self._answers, [segment.text for row in rows for segment in row[1::2]]))
-        starts = iter(self._ids(self._first, [row[0].text for row in rows]))
-        between = [self._before_context + segment.text for row in rows for segment in row[2::2]]
+        answers = iter(self._ids(self._answers, [segment.pieces[0] for row in rows for segment in row[1::2]]))
+        starts = iter(self._ids(self._first, [row[0].pieces[0] for row in rows]))
+        between = [self._before_context + segment.pieces[0] for row in rows for segment in row[2::2]]
         contexts = iter(self._ids(self._first, between))
+        # What follows a cut starts no text either.
+        after_cuts = iter(
+            self._ids(self._answers, [piece for row in rows for segment in row for piece in segment.pieces[1:]])
+        )
         encoded = []
         for row in rows:
             pieces = [next(starts)]
             for number in range(1, len(row)):
                 pieces.append(next(answers) if number % 2 else next(contexts)[bool(self._before_context) :])
+            for piece, segment in zip(pieces, row, strict=True):
+                piece.extend(chain.from_iterable(next(after_cuts) for _ in segment.cuts))
             input_ids = np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces])
             is_target = np.repeat([segment.is_target for segment in row], [len(piece) for piece in pieces])
             labels = np.where(is_target, input_ids, IGNORE).astype(np.int32)

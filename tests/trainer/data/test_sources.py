@@ -121,11 +121,11 @@ def test_a_row_of_ten_megabytes(tmp_path):
 
 
 def test_a_broken_line_is_a_bad_row_and_the_others_are_read(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": \n' + "[" * 100_000 + "\n" + '{"a": 2}')
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": \n' + "[" * 100_000 + "\n" + '{"a": 2}')
     first, broken, deep, last = read(tmp_path / "a.jsonl")
     assert (first, last) == ({"a": 1}, {"a": 2})
     assert isinstance(broken, BadRowError)
-    assert "not valid JSON" in str(broken)
+    assert str(broken) == "line 4 is not valid JSON: Expecting value at column 6"
     assert isinstance(deep, BadRowError)
 
 
@@ -142,7 +142,8 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     ("name", "content", "words"),
     [
         ("a.json", b'[{"a": 1}, {"a": 2', "a.json, row 2: the JSON list is broken or cut off"),
-        ("a.json", b'[{"a": 1}, {"a" 2}]', "row 2: the JSON list is broken or cut off: Expecting ':'"),
+        ("a.json", b'\n[{"a": 1},\n{"a" 2}]', "row 2: the JSON list is broken or cut off: line 3: Expecting ':'"),
+        ("a.json", b"[1,\n2", "row 2: the JSON list is broken or cut off: the file ends inside the list"),
         ("a.json", b"[" * 100_000, "row 1: is not valid JSON: maximum recursion depth"),
         ("a.json.gz", b"no gzip", "a.json.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "cannot be read"),

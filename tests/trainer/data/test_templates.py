@@ -141,8 +141,8 @@ def test_a_system_message_that_moves_stops_the_stage():
     [
         ("gemma", talk("s:Be short", "u:Hi", "a:Yes"), "System role not supported"),
         ("gemma", talk("u:Hi", "a:Yes", tools=TOOLS), "leaves the tools out"),
-        ("chatml", talk("u:Hi<|im_end|>", "a:Yes"), r"messages\[0\].content: holds the stop token '<\|im_end\|>'"),
-        ("chatml", talk("u:Hi", "a:Yes<|im_end|>No"), r"messages\[1\].content: holds the stop token"),
+        ("chatml", talk("u:Hi<|im_end|>", "a:Yes"), r"messages\[0\].content: spells the special token '<\|im_end\|>'"),
+        ("chatml", talk("u:Hi", "a:Yes<|im_end|>No"), r"messages\[1\].content: spells the special token"),
     ],
 )
 def test_rows_that_the_template_cannot_write(name, words, reason):
@@ -188,6 +188,31 @@ def test_a_template_is_rendered_in_the_sandbox():
         set_template(tokenizer, "chat")
 
 
+@pytest.mark.parametrize(
+    ("loop", "words"),
+    [
+        (
+            "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            r"more than 0.1 s of CPU time .* choose data.template alpaca",
+        ),
+        ("{{ 'x' * 2000000 }}", r"makes 2,000,\d\d\d characters of a conversation of \d+: it is broken"),
+    ],
+)
+def test_a_template_that_does_not_end_or_floods_is_refused(monkeypatch, loop, words):
+    monkeypatch.setattr("trainer.data.templates._RENDER_SECONDS", 0.1)
+    found = renderer("phi4")
+    found.tokenizer.chat_template = loop + TEMPLATES["phi4"][0]
+    with pytest.raises(TrainerError, match=words) as refused:
+        found.segments(talk("u:Hi", "a:Yes"))
+    assert not isinstance(refused.value, BadRowError), "no row is to blame"
+
+
+def test_marks_between_turns_that_are_no_special_tokens():
+    assert renderer("alpaca").turn_marks == ("### Response:",)
+    assert renderer("mistral").turn_marks == ("[/INST]",)
+    assert renderer("chatml").turn_marks == renderer("llama3").turn_marks == ()
+
+
 def test_the_begin_token_stands_first_once_in_built_in_templates():
     tokenizer = make_tokenizer("llama3")
     set_template(tokenizer, "alpaca")
@@ -222,3 +247,36 @@ def test_mask_and_text_agree_for_random_conversations(turns, name):
 
 RENDERERS = {name: renderer(name) for name in BUILT_IN}
 ENCODERS = {name: Encoder(RENDERERS[name].tokenizer) for name in BUILT_IN}
+
+
+SPECIAL = {
+    name: [token.content for token in found.tokenizer.added_tokens_decoder.values() if token.special]
+    for name in [*sorted(TEMPLATES), *BUILT_IN]
+    for found in [renderer(name)]
+}
+LITERAL = {name: Renderer(renderer(name).tokenizer, "assistant", "as_text") for name in SPECIAL}
+LITERAL_ENCODERS = {name: Encoder(found.tokenizer) for name, found in LITERAL.items()}
+
+
+@given(st.data(), st.sampled_from(sorted(SPECIAL)))
+@settings(deadline=None, max_examples=300)
+def test_text_that_spells_special_tokens_never_becomes_one(data, name):
+    """Its row is refused, or has the special tokens of the template alone, and decodes to the text."""
+    part = st.one_of(
+        st.sampled_from(SPECIAL[name]), st.text("<|>/s[]_ imendx", min_size=1, max_size=5), st.just("Hello")
+    )
+    words = ["x" + "".join(data.draw(st.lists(part, min_size=1, max_size=5))) + "x" for _ in range(4)]
+    special = [token for token in SPECIAL[name] if any(token in said for said in words)]
+    conversation = talk(*(f"{role}:{said}" for role, said in zip("uaua", words, strict=True)))
+    plain = talk("u:x", "a:x", "u:x", "a:x")
+    if special:
+        with pytest.raises(BadRowError, match=r"content: spells the special token .* data.special_tokens: as_text"):
+            Renderer(LITERAL[name].tokenizer, "assistant").segments(conversation)
+    segments = LITERAL[name].segments(conversation)
+    row, without = LITERAL_ENCODERS[name].encode([segments, LITERAL[name].segments(plain)])
+    numbers = {LITERAL[name].tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[name]}
+    assert [i for i in row.input_ids if i in numbers] == [i for i in without.input_ids if i in numbers]
+    (decoded,) = LITERAL_ENCODERS[name].decode([row.input_ids])
+    if name not in ("mistral", "mistral_first"):  # older SentencePiece: a space after each special token
+        assert decoded.lstrip(" ") == "".join(segment.text for segment in segments).lstrip(" ")
+    assert all(said in decoded for said in words)
