@@ -80,6 +80,10 @@ def plan(
     run_dir: RunDir = None,
     tokens_per_s: Annotated[float | None, typer.Option(min=1, help="Speed of training to reckon with.")] = None,
     gpu_hour_price: Annotated[float | None, typer.Option(min=0, help="Price of one worker's hour.")] = None,
+    scale: Annotated[bool, typer.Option("--scale", help="Tell how the run would grow from 1 to 1,000 GPUs.")] = False,
+    network_gb_per_s: Annotated[
+        float, typer.Option(min=0.001, help="With --scale: what each GPU sends in a second, in GB.")
+    ] = 12.5,
 ) -> None:
     """Check everything and tell what a run would do and need, without starting anything."""
     from launcher import plan as planning
@@ -87,6 +91,10 @@ def plan(
     loaded = load_config(config, set_)
     folder = _folder(loaded, run_dir)
     typer.echo(planning.describe(loaded, folder, tokens_per_s=tokens_per_s, gpu_hour_price=gpu_hour_price))
+    if scale:
+        from launcher.estimate.scale import scale as scaled
+
+        typer.echo("\n".join(["", *scaled(loaded, folder, network_bytes_per_s=network_gb_per_s * 1e9)]))
     planning.check(loaded)
     if loaded.cluster.slurm is not None:
         from launcher.submit.commands import with_site

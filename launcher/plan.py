@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.config import JudgeConfig, JuryJudge, VllmJudge, key_variables
-from launcher import estimate
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
+from launcher.estimate import memory, text
 from launcher.ray_cluster import local_resources, misfits, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
@@ -61,7 +61,7 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     on_gpu = uses_gpus(config.cluster, resources)
     if config.cluster.address == "local":
         found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu)
-    return found + estimate.problems(config, on_gpu=on_gpu)
+    return found + memory.problems(config, on_gpu=on_gpu)
 
 
 def describe(
@@ -94,7 +94,7 @@ def describe(
         f"judge      {config.judge.type}",
     ]
     on_gpu = uses_gpus(config.cluster, resources)
-    lines += estimate.describe(config, run_dir, on_gpu=on_gpu, tokens_per_s=tokens_per_s, price=gpu_hour_price)
+    lines += text.describe(config, run_dir, on_gpu=on_gpu, tokens_per_s=tokens_per_s, price=gpu_hour_price)
     if not all(path.exists() for path in config.data.local_paths):
         return "\n".join(lines)
     stale = False

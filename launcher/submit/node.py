@@ -148,7 +148,7 @@ def own_address(addresses: Mapping[str, str], interface: str | None, candidates:
         if own is None:
             raise OSError(f"cluster.slurm.interface = {interface}: no address there; there are {dict(addresses)}")
         return own
-    for address in (*candidates, *(addresses if len(addresses) == 1 else ())):
+    for address in [*candidates, *(list(addresses) if len(addresses) == 1 else [])]:
         if address in addresses:
             return address
     raise OSError(

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from launcher import estimate
 from launcher.config import load_config
+from launcher.estimate.memory import Memory, memory_of
+from launcher.estimate.shapes import shape_of
 from launcher.quickstart_data import write_quickstart_data
 
 GIB = 2**30
@@ -109,7 +110,7 @@ def write_config(case: Case, folder: Path, model: dict[str, Any]) -> Path:
     return path
 
 
-def measure(case: Case, folder: Path) -> tuple[int, estimate.Memory]:
+def measure(case: Case, folder: Path) -> tuple[int, Memory]:
     """Train the case for a few steps.
 
     Args:
@@ -140,11 +141,9 @@ def measure(case: Case, folder: Path) -> tuple[int, estimate.Memory]:
     call(*group, "-m", "trainer.worker", "run.yaml", "--run-dir", "run")
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     config = load_config(path)
-    shape = estimate.shape_of(config)
+    shape = shape_of(config)
     assert shape is not None
-    return max(row["memory_bytes"] for row in rows if row["kind"] == "train"), estimate.memory_of(
-        config, shape, on_gpu=False
-    )
+    return max(row["memory_bytes"] for row in rows if row["kind"] == "train"), memory_of(config, shape, on_gpu=False)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher import estimate
 from launcher.config import RunConfig, load_config
-from launcher.estimate import GIB, Shape, memory_of, traffic_of, trained_weights
+from launcher.estimate import memory, scale, shapes, text
+from launcher.estimate.memory import GIB, host_of, memory_of
+from launcher.estimate.shapes import Shape, trained_weights
+from launcher.estimate.traffic import traffic_of
 from launcher.quickstart_data import write_quickstart_data
 
 # Llama-3.1-8B: the count is the one of its safetensors files.
@@ -30,16 +33,32 @@ def changed(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 
 def test_weights_are_counted_from_sizes_as_the_model_has_them() -> None:
-    assert estimate._count(LLAMA_8B, 4096, tied=False) == 8_030_261_248
+    assert shapes._count(LLAMA_8B, 4096, tied=False) == 8_030_261_248
 
 
 def test_zero_shares_by_hand(eight_b: RunConfig) -> None:
     # bf16 weights 2 bytes, gradients 2 and their fp32 copy 4, fp32 master and two moments 12; 8 ranks.
     n = LLAMA_8B.num_weights
-    memory = {stage: memory_of(changed(eight_b, "deepspeed", stage=stage), LLAMA_8B, on_gpu=True) for stage in range(4)}
-    assert [memory[stage].weights for stage in range(4)] == [2 * n, 2 * n, 2 * n, 2 * n // 8]
-    assert [memory[stage].optimizer for stage in range(4)] == [12 * n, 12 * n // 8, 12 * n // 8, 12 * n // 8]
-    assert [memory[stage].gradients for stage in range(4)] == [6 * n, 2 * n + 4 * n // 8, 6 * n // 8, 6 * n // 8]
+    told = {stage: memory_of(changed(eight_b, "deepspeed", stage=stage), LLAMA_8B, on_gpu=True) for stage in range(4)}
+    assert [told[stage].weights for stage in range(4)] == [2 * n, 2 * n, 2 * n, 2 * n // 8]
+    assert [told[stage].optimizer for stage in range(4)] == [12 * n, 12 * n // 8, 12 * n // 8, 12 * n // 8]
+    assert [told[stage].gradients for stage in range(4)] == [6 * n, 2 * n + 4 * n // 8, 6 * n // 8, 6 * n // 8]
+
+
+def test_what_is_offloaded_leaves_the_gpu(eight_b: RunConfig) -> None:
+    n = LLAMA_8B.num_weights
+    everything = changed(eight_b, "deepspeed", stage=3, offload_optimizer="cpu", offload_parameters="cpu")
+    told = memory_of(everything, LLAMA_8B, on_gpu=True)
+    assert (told.weights, told.gradients, told.optimizer) == (0, 0, 0)
+    assert host_of(everything, LLAMA_8B) == (16 + 2) * n // 8
+    assert host_of(eight_b, LLAMA_8B) == 0
+    # On a CPU it is the same memory; moments of 8 bits are smaller there too.
+    assert memory_of(everything, LLAMA_8B, on_gpu=False) == memory_of(
+        changed(eight_b, "deepspeed", stage=3), LLAMA_8B, on_gpu=False
+    )
+    assert (
+        memory_of(changed(eight_b, "training", optimizer="adamw_8bit"), LLAMA_8B, on_gpu=True).optimizer == 6 * n // 8
+    )
 
 
 def test_activations_by_hand(eight_b: RunConfig) -> None:
@@ -73,30 +92,63 @@ def test_traffic_by_hand(eight_b: RunConfig) -> None:
 def test_what_cannot_fit_is_refused_with_the_nearest_that_can(
     eight_b: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "shape_of", lambda *_: LLAMA_8B)
-    assert estimate.problems(eight_b, on_gpu=True) == []
+    monkeypatch.setattr(memory, "shape_of", lambda *_: LLAMA_8B)
+    assert memory.problems(eight_b, on_gpu=True) == []
     unsharded = changed(eight_b, "deepspeed", stage=0)
-    (problem,) = estimate.problems(unsharded, on_gpu=True)
+    (problem,) = memory.problems(unsharded, on_gpu=True)
     assert "for each GPU, which has 80.0 GiB" in problem
     assert problem.endswith("the nearest setting that fits: deepspeed.stage=2")
     way_out = changed(unsharded, "deepspeed", stage=2)
-    assert estimate.problems(way_out, on_gpu=True) == []
+    assert memory.problems(way_out, on_gpu=True) == []
     small = changed(unsharded, "cluster", gpu_memory_gib=24)
-    (problem,) = estimate.problems(small, on_gpu=True)
+    (problem,) = memory.problems(small, on_gpu=True)
     assert problem.endswith("deepspeed.stage=3 training.num_workers=16"), problem
-    (problem,) = estimate.problems(changed(unsharded, "cluster", gpu_memory_gib=2), on_gpu=True)
+    (problem,) = memory.problems(changed(unsharded, "cluster", gpu_memory_gib=2), on_gpu=True)
     assert problem.endswith("no setting that was tried fits")
 
 
 def test_steps_time_and_cost(eight_b: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "shape_of", lambda *_: None)
-    assert "launcher prepare" in "\n".join(estimate.describe(eight_b, tmp_path, on_gpu=True))
+    monkeypatch.setattr(text, "shape_of", lambda *_: None)
+    assert "launcher prepare" in "\n".join(text.describe(eight_b, tmp_path, on_gpu=True))
     (tmp_path / "data").mkdir()
     train = {"packs": 1000, "tokens": 4_000_000}
     (tmp_path / "data/summary.json").write_text(json.dumps({"splits": {"train": train}}))
-    lines = "\n".join(estimate.describe(eight_b, tmp_path, on_gpu=True, tokens_per_s=10_000, price=2.5))
+    lines = "\n".join(text.describe(eight_b, tmp_path, on_gpu=True, tokens_per_s=10_000, price=2.5))
     assert "96 over 1,000 packs an epoch, 12,000,000 tokens" in lines  # 3 epochs of 32 steps
     assert "0.33 hours of training at 10,000 tokens/s: 2.67 GPU hours, 6.67 at 2.5 an hour" in lines
+
+
+def test_how_it_grows(eight_b: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "shape_of", lambda *_: LLAMA_8B)
+    header, *rows, sources = scale.scale(eight_b, tmp_path, network_bytes_per_s=10e9)
+    assert [row.split()[0] for row in rows] == ["1", "8", "64", "512", "1,000"]
+    eight = changed(eight_b, "training", num_workers=8)
+    assert text.in_gib(memory_of(eight, LLAMA_8B, on_gpu=True).total) in rows[1]
+    assert f"{traffic_of(eight, LLAMA_8B).network / 10e9:.2f}" in rows[1]
+    assert "2.11 days" in rows[-1]  # 264 days over 125 nodes
+    assert "arXiv:2407.21783" in sources
+    assert len({len(row) for row in (header, *rows)}) == 1
+
+
+def test_what_failures_cost_is_told_with_what_was_measured(
+    eight_b: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "shape_of", lambda *_: LLAMA_8B)
+    config = changed(eight_b, "training", checkpoint_every=500)
+
+    def told() -> str:
+        lines = text.describe(config, tmp_path, on_gpu=True, tokens_per_s=4096 * 32)
+        return next(line for line in lines if line.startswith("failures"))
+
+    # 96 GB at 1 GB/s; a step of 32 packs of 4,096 tokens takes a second.
+    assert "one in 264 days on 1 node; a checkpoint about every 18.4 h loses least" in told()
+    assert "every 500 steps is every 8.33 min, and loses 16.16%" in told()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "checkpoint", "step": 5, "stalled_s": 2.0}\n')
+    assert "every 500 steps is every 8.33 min, and loses 0.40%" in told()
+
+
+def test_the_examples_of_times_hold() -> None:
+    assert doctest.testmod(text).failed == 0
 
 
 CASES = [
@@ -129,7 +181,7 @@ def test_the_estimate_is_what_a_real_run_takes(training: dict[str, Any], stage: 
     subprocess.run(program, cwd=tmp_path, check=True, capture_output=True, timeout=300)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     measured = max(row["memory_bytes"] for row in rows if row["kind"] == "train")
-    shape = estimate.shape_of(config)
+    shape = shapes.shape_of(config)
     assert shape is not None
     told = memory_of(config, shape, on_gpu=False)
     print(f"{training} stage {stage}: {measured / GIB:.2f} GiB measured, {told.total / GIB:.2f} told: {told}")
