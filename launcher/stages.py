@@ -199,13 +199,6 @@ def _without(value: Any, left_out: set[str]) -> Any:  # noqa: ANN401 - any part 
     return [_without(part, left_out) for part in value] if isinstance(value, list) else value
 
 
-def _without(value: Any, left_out: set[str]) -> Any:  # noqa: ANN401 - any part of a configuration
-    """Leave keys out wherever they stand: the members of a jury and further models have them too."""
-    if isinstance(value, dict):
-        return {key: _without(part, left_out) for key, part in value.items() if key not in left_out}
-    return [_without(part, left_out) for part in value] if isinstance(value, list) else value
-
-
 def _flat(prefix: str, value: object) -> Fingerprint:
     if isinstance(value, dict) and value:
         return {name: inner for key, part in value.items() for name, inner in _flat(f"{prefix}.{key}", part).items()}
