@@ -1,4 +1,7 @@
-"""The commands about finished runs and about files of other tools: compare, agree, score, export-results."""
+"""The commands about finished runs and about files of other tools: compare, agree, score, export-results.
+
+Their exit status: 0 is good, 1 a gate that failed, 2 input from which nothing valid could be measured.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ def agree(
     human: Annotated[Path, typer.Argument(help="JSON Lines of people's scores: id, score, and rater if several.")],
     as_json: AsJson = False,
 ) -> None:
-    """How far a judge agrees with people, and the mean corrected for the judge's error."""
+    """How far a judge agrees with people, and the mean corrected for its error; status 2 where files don't line up."""
     from evaluation import agreement
 
     try:
@@ -111,10 +114,13 @@ def score(
     file: Annotated[Path, typer.Argument(help="AlpacaEval's annotations.json.")],
     as_json: AsJson = False,
 ) -> None:
-    """Win rate and standard error of verdicts made elsewhere; asks no model."""
+    """Win rate and standard error of verdicts made elsewhere, asking no model; status 2 where none is valid."""
     from evaluation import interchange
 
-    result = interchange.score_file(file, ReportConfig())
+    try:
+        result = interchange.score_file(file, ReportConfig())
+    except EvaluationError as error:
+        raise ConfigError(str(error)) from None
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else interchange.score_text(result))
     raise typer.Exit(interchange.score_exit_code(result))
 

@@ -73,6 +73,15 @@ def test_score_prints_the_four_numbers(tmp_path: Path) -> None:
     assert (found["num_asked"], found["num_scored"]) == (5, 4)
 
 
+def test_files_without_a_measurement_end_in_status_2(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text('[{"preference": null}]', encoding="utf-8")
+    assert launcher("score", nothing).exit_code == 2
+    for words in (("score", tmp_path / "absent.json"), ("agree", tmp_path / "absent.jsonl", nothing)):
+        error = launcher(*words).exception
+        assert isinstance(error, ConfigError) and error.code == 2, words
+
+
 BOOK = [
     {"instruction": "Double it.", "input": "4", "output": "8", "model_response": "8"},
     {"instruction": "Name a fruit.", "input": "", "output": "apple", "model_response": "pear"},
