@@ -206,8 +206,9 @@ def test_columns_sort_by_keyboard_and_stay_in_sight(page):
     assert page.locator("#sort").input_value() == "down" and down == sorted(down)
     page.locator("#rows details").nth(20).scroll_into_view_if_needed()
     page.mouse.wheel(0, 400)
-    page.wait_for_function("document.querySelector('.columns').getBoundingClientRect().top < 70")
-    assert page.locator("#search").is_visible() and difference.is_visible()
+    page.wait_for_function("window.scrollY > 1000")
+    tops = page.evaluate("['#search', '.columns'].map((it) => document.querySelector(it).getBoundingClientRect().top)")
+    assert all(0 <= top < 70 for top in tops)
 
 
 def test_titles_leave_the_templates_words_out(browser, tmp_path):
