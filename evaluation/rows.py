@@ -41,10 +41,13 @@ def read_rows(path: Path, *, torn_end: bool = False) -> list[Row]:
         The rows, in the file's order.
 
     Raises:
-        EvaluationError: A line is not a JSON object; it is named by its number.
+        EvaluationError: The file cannot be read, or a line is not a JSON object; it is named by its number.
     """
     rows: list[Row] = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
