@@ -327,7 +327,7 @@ def test_a_sound_judge_gives_no_warning(tmp_path):
 
 def test_reliability_of_repeats_and_of_a_jury(tmp_path):
     # 0 and 10, 90 and 100: observed 4 x 100 / 4, expected over all pairs of the four values
-    small_run(tmp_path, {"a": [5], "b": [5]}, {"a": [0, 10], "b": [90, 100]})
+    small_run(tmp_path, {"a": [5], "b": [5]}, {"a": [0, 10], "b": [90, 100, "judge_failed"]})
     (tmp_path / "judge").mkdir()
     members = [{"judge": "one", "same_model_as": ["tuned"]}, {"judge": "two", "same_family_as": ["base"]}]
     summary = {"judge": "jury", "agreement": {"krippendorff_alpha": 0.615}, "members": members}
