@@ -131,6 +131,7 @@ def _model_arguments(source: ModelSource, config: GenerationConfig, limit: int, 
     arguments: dict[str, Any] = {
         "pretrained": str(Path(source.path).resolve()) if local else source.path,
         "revision": source.revision,
+        "tokenizer_revision": source.revision,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": limit,

@@ -83,3 +83,10 @@ def test_more_workers_than_gpus(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs 8 GPUs; there are 2") as caught:
         check_fits(config, Resources(num_cpus=4, num_gpus=2))
     assert "generation.engines = 4 needs 8 GPUs; there are 2" in str(caught.value)
+
+
+def test_benchmarks_are_refused_where_the_harness_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(tmp_path, generation={"lm_eval": ["arc_easy"]})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    assert "pip install 'lm-eval[api]>=0.4.9'`, or take generation.lm_eval out" in problem(config)
+    plan.check(config, ["prepare", "train", "export"])
