@@ -162,7 +162,28 @@ def _check_before(config: RunConfig, run_dir: Path, first: Stage) -> None:
             )
 
 
+def told_of_rows(counts: dict[str, Any]) -> list[str]:
+    """What became of each model's rows, after generate or judge: every row asked for is in one state.
+
+    Args:
+        counts: what generate or judge returned.
+
+    Returns:
+        A line of text for each model.
+    """
+    states = ("generated", "scored", "judge_failed", "generation_failed", "too_long", "skipped")
+    lines = []
+    for name, found in counts["models"].items():
+        parts = ", ".join(f"{found[state]} {state}" for state in states if found.get(state))
+        mean = f"mean {found['mean']:.1f}; " if found.get("mean") is not None else ""
+        lines.append(f"{name}: {mean}{parts or 'none'} of {found['asked']} asked")
+    return lines
+
+
 def _show_result(work: _Work, stage: Stage, counts: dict[str, Any]) -> None:
+    if stage in ("generate", "judge"):
+        for line in told_of_rows(counts):
+            work.console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
     if stage == "report":
         work.console.print(f"report: {work.run_dir / 'report.html'}", soft_wrap=True)
         work.console.print(counts["line"], soft_wrap=True, markup=False, highlight=False, style="bold")

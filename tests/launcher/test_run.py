@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import RunConfig
-from launcher.run import answering_models, told_of
+from launcher.run import answering_models, told_of, told_of_rows
 
 
 def counts(**more: Any) -> dict[str, Any]:
@@ -36,6 +36,17 @@ def test_dropped_leaks_are_told_as_dropped() -> None:
 
 def test_clean_data_takes_one_line() -> None:
     assert len(told_of(counts(leaks={"exact_train_rows": 0, "near_train_rows": 0}), "warn")) == 1
+
+
+def test_every_row_asked_for_is_told_in_its_state() -> None:
+    judged = {"asked": 12, "scored": 10, "judge_failed": 1, "too_long": 1, "mean": 43.21, "reused": 3}
+    nothing = {"asked": 2, "skipped": 2, "mean": None}
+    assert told_of_rows({"models": {"base": judged, "tuned": nothing}}) == [
+        "base: mean 43.2; 10 scored, 1 judge_failed, 1 too_long of 12 asked",
+        "tuned: 2 skipped of 2 asked",
+    ]
+    generated = {"asked": 3, "generated": 2, "too_long": 0, "generation_failed": 1, "num_prompt_tokens": 7}
+    assert told_of_rows({"models": {"base": generated}}) == ["base: 2 generated, 1 generation_failed of 3 asked"]
 
 
 def test_an_adapter_is_served_on_top_of_the_base(tmp_path: Path) -> None:
