@@ -32,7 +32,6 @@ Location = tuple[str | int, ...]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
-# ray:// would leave this process on a machine that the workers' files and signals do not reach: submit it instead.
 Address = Annotated[str, Field(pattern=r"^(local|auto|[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5})$")]
 
 
@@ -88,6 +87,17 @@ class ClusterConfig(Section):
         description="local starts Ray here and stops it at the end; host:port joins a cluster that exists; auto joins "
         "the one that RAY_ADDRESS or this machine names.",
     )
+
+    @field_validator("address", mode="before")
+    @classmethod
+    def _not_from_afar(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("ray://"):
+            raise ValueError(
+                "ray:// would leave the launcher on a machine that the workers' files and signals do not reach: use "
+                "launcher submit ray --address http://HEAD:8265, or host:port on a node of the cluster"
+            )
+        return value
+
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs where this machine has them.")
     wait_s: float = Field(
         600, ge=0, description="Longest wait for the nodes and resources of a cluster that was joined, in seconds."

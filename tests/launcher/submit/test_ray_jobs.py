@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,9 +16,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from ray.job_submission import JobDetails
 
 from launcher.config import RunConfig, load_config
 from launcher.errors import LauncherError
@@ -60,6 +65,36 @@ def test_paths_mean_the_same_on_the_cluster(repository: Path, tmp_path: Path) ->
     assert moved.model.name_or_path == f"{tmp_path}/base"
     tree = config.model_dump(mode="json") | {"model": {"name_or_path": "owner/name"}}
     assert ray_jobs.made_absolute(RunConfig.model_validate(tree), tmp_path).model.name_or_path == "owner/name"
+
+
+def test_no_secret_goes_with_a_job(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "value-of-the-secret")
+    judge = "judge={type: api, model: m, base_url: 'http://localhost:1/v1', api_key_env: MY_KEY}"
+    config = load_config(repository / "configs/quickstart.yaml", [judge])
+    (tmp_path / "packed").mkdir()
+    files = ray_jobs.package(config, tmp_path / "packed")
+
+    class Client:
+        sent: dict[str, Any]
+
+        def list_jobs(self) -> list[JobDetails]:
+            return []
+
+        def submit_job(self, **sent: Any) -> str:
+            self.sent = sent
+            return str(sent["submission_id"])
+
+    client = Client()
+    words = ["--sweep", "training.lr=1e-5,2e-5"]
+    job = ray_jobs.submit(client, config, Path("/runs/it's a"), tmp_path / "packed", "python", words)  # type: ignore
+    assert job.startswith("quickstart-")
+    packed = "".join((tmp_path / "packed" / name).read_text(errors="replace") for name, _ in files)
+    assert "value-of-the-secret" not in packed + str(client.sent)
+    assert client.sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
+    assert shlex.split(client.sent["entrypoint"])[1:] == [
+        *("python", "-m", "launcher", "run", "config.yaml", "--run-dir", "/runs/it's a"),
+        *("--set", "cluster.address=auto", *words),
+    ]
 
 
 @dataclass
@@ -227,6 +262,28 @@ def test_cancel_lets_the_job_save_and_leaves_the_cluster(
     program = ["--python", sys.executable, "--detach"]
     assert launcher("submit", "ray", config, *place, *program, cwd=submitting, **known).returncode == 0
     until(lambda: len(train_rows(run)) > 5, 120, lambda: launcher("logs", run, *place, cwd=submitting, **known).stdout)
+
+    # Meanwhile another asks for what is held, and another for nodes that are not there.
+    beside = [
+        "run",
+        config,
+        "--set",
+        f"cluster.address={ray_nodes.gcs}",
+        "--set",
+        "cluster.wait_s=1",
+        "--from",
+        "train",
+    ]
+    for setting, said in {
+        "training.num_workers=2": r"needs 2 CPUs; there are 1; .*\n.*waited 1 s.*\n.*CPU 3 \(1 free\).*groups: .*CPU",
+        "cluster.num_nodes=9": r"cluster.num_nodes: 9 nodes are asked, 4 have joined",
+    }.items():
+        other = ["--run-dir", submitting / "other", "--set", setting]
+        made = shutil.copytree(run, submitting / "other", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+        answer = launcher(*beside, *other, cwd=submitting, timeout=100, **known)
+        assert answer.returncode == 2, answer.stdout + answer.stderr
+        assert re.search(said, answer.stderr), answer.stderr
+        shutil.rmtree(made)
     cancelled = launcher("cancel", run, *place, cwd=submitting, timeout=150, **known)
     assert "ended" in cancelled.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{len(train_rows(run))}"]
