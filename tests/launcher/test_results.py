@@ -73,6 +73,13 @@ def test_score_prints_the_four_numbers(tmp_path: Path) -> None:
     assert (found["num_asked"], found["num_scored"]) == (5, 4)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '[{"preference": null}]', '[{"score": 1}]'])
+def test_score_ends_with_2_where_there_is_no_measurement(tmp_path: Path, content: str) -> None:
+    (tmp_path / "annotations.json").write_text(content, encoding="utf-8")
+    answer = launcher("score", tmp_path / "annotations.json", "--json")
+    assert answer.exit_code == 2 or (isinstance(answer.exception, ConfigError) and answer.exception.code == 2)
+
+
 def test_files_without_a_measurement_end_in_status_2(tmp_path: Path) -> None:
     nothing = tmp_path / "nothing.json"
     nothing.write_text('[{"preference": null}]', encoding="utf-8")
