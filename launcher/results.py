@@ -118,10 +118,7 @@ def score(
     from evaluation import interchange
 
     try:
-        try:
         result = interchange.score_file(file, ReportConfig())
-    except EvaluationError as error:
-        raise ConfigError(str(error)) from None
     except EvaluationError as error:
         raise ConfigError(str(error)) from None
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else interchange.score_text(result))
