@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +27,20 @@ from evaluation.config import (
 )
 from evaluation.errors import EvaluationError
 from evaluation.judges import checks
-from evaluation.judges.base import Judge, Unit, Verdict, add_attempt
+from evaluation.judges.base import Judge, Unit
 from evaluation.judges.budget import Budget, Range, prices_of
 from evaluation.judges.forms import Form, form_of
 from evaluation.judges.jury import merge_members
 from evaluation.judges.language_model import Engine, PromptedJudge
 from evaluation.judges.reference import LabelMeter, ReferenceMeter
+from evaluation.judges.scores_file import ScoresFile, open_scores
 from evaluation.judges.summary import classified, reliability
 from evaluation.progress import RowCounter
-from evaluation.rows import Row, append_rows, read_rows, write_json, write_rows
+from evaluation.rows import Row, read_rows, write_json
 
 PromptedConfig = VllmJudge | ApiJudge
 
 _STATES = ("scored", "judge_failed", "generation_failed", "too_long", "skipped")
-_COUNTS = ("num_calls", "num_prompt_tokens", "num_response_tokens")
-
-
-@dataclass
-class _Batch:
-    """One file of scores: what it shall hold, and what it has."""
-
-    path: Path
-    owed: list[Unit]  # in the order of the finished file; also those that nobody can score
-    finished: dict[str, Row] = field(default_factory=dict)  # by key
-    failed: dict[str, Verdict] = field(default_factory=dict)  # by key: attempts of an earlier run
-    kept: list[Row] = field(default_factory=list)  # of the earlier run
-    num_reused: int = 0
-
-    def missing(self) -> Iterator[Unit]:
-        return (unit for unit in self.owed if unit.row["state"] == "generated" and unit.key not in self.finished)
 
 
 def judge(config: JudgeConfig, models: Sequence[str], run_dir: Path, *, strict: bool = False) -> dict[str, Any]:
@@ -182,24 +165,24 @@ def _judge_alone(
     tried, batches = _plan(config, asked, responses, scores, folder)
     for batch in (tried, *batches.values()):
         if batch is not None:
-            write_rows(batch.path, batch.kept)
+            batch.begin()
     _ask(config, asked, tried, list(batches.values()))
-    models = {name: _finish(asked, batch) for name, batch in batches.items()}
+    models = {name: batch.finish() for name, batch in batches.items()}
     for count in models.values():
         count["wall_s"] = time.monotonic() - started
     if tried is not None and isinstance(asked, PromptedJudge) and isinstance(config, PromptedConfig):
-        _finish(asked, tried)
+        tried.finish()
         summary = reliability(
             config,
             asked,
-            _rows(asked, tried),
-            {name: _rows(asked, batch) for name, batch in batches.items()},
+            tried.rows(),
+            {name: batch.rows() for name, batch in batches.items()},
             responses,
             run_dir,
         )
         write_json(folder / "summary.json", summary)
     elif isinstance(asked, LabelMeter):
-        found = {name: classified(_rows(asked, batch)) for name, batch in batches.items()}
+        found = {name: classified(batch.rows()) for name, batch in batches.items()}
         write_json(folder / "summary.json", {"judge": asked.name, "classification": found})
     return {"judge": asked.name, "models": models}
 
@@ -210,14 +193,16 @@ def _plan(
     responses: Mapping[str, list[Row]],
     scores: Path,
     folder: Path,
-) -> tuple[_Batch | None, dict[str, _Batch]]:
+) -> tuple[ScoresFile | None, dict[str, ScoresFile]]:
     """List the judge's checks, if it needs any, and the verdicts that each model is owed; changes no file."""
-    tried: _Batch | None = None
+    tried: ScoresFile | None = None
     if isinstance(asked, PromptedJudge) and isinstance(config, PromptedConfig):
         if isinstance(config.protocol, PairwiseProtocol):
             responses = _pair(responses, config.protocol.baseline)
-        tried = _open(asked, _check_rows(config, asked, responses), folder / "checks.jsonl", repeats=1)
-    batches = {name: _open(asked, rows, scores / f"{name}.jsonl", asked.repeats) for name, rows in responses.items()}
+        tried = open_scores(asked, _check_rows(config, asked, responses), folder / "checks.jsonl", repeats=1)
+    batches = {
+        name: open_scores(asked, rows, scores / f"{name}.jsonl", asked.repeats) for name, rows in responses.items()
+    }
     return tried, batches
 
 
@@ -245,32 +230,11 @@ def _check_rows(config: PromptedConfig, asked: PromptedJudge, responses: Mapping
     return rows + checks.canary_rows([row for row in first if row["state"] == "generated"], asked.form)
 
 
-def _open(asked: Judge, rows: Sequence[Row], path: Path, repeats: int) -> _Batch:
-    """List the units of one file, and keep the verdicts of an earlier attempt that are still asked for."""
-    # What has no response keeps the response's key: nothing was asked of the judge.
-    units = [
-        Unit(asked.key(row, repeat) if row["state"] == "generated" else row["key"], row, repeat)
-        for row in rows
-        for repeat in range(repeats)
-    ]
-    batch = _Batch(path, units)
-    earlier = {row.get("key"): row for row in (read_rows(path, torn_end=True) if path.exists() else ())}
-    for unit in batch.missing():
-        row = earlier.get(unit.key)
-        if row is not None and row["state"] == "scored":
-            batch.finished[unit.key] = row | _identity(asked, unit)
-        elif row is not None and row["state"] == "judge_failed":
-            batch.failed[unit.key] = _verdict(row)
-    batch.num_reused = len(batch.finished)
-    batch.kept = [*batch.finished.values(), *(earlier[key] for key in batch.failed)]
-    return batch
-
-
-def _ask(config: JudgeConfig, asked: Judge, tried: _Batch | None, batches: Sequence[_Batch]) -> None:
+def _ask(config: JudgeConfig, asked: Judge, tried: ScoresFile | None, batches: Sequence[ScoresFile]) -> None:
     """Get the missing verdicts in one stream, the checks first: one load of the model, and a broken judge ends soon."""
     files = [tried, *batches] if tried is not None else list(batches)
     # Equal responses to one prompt are one question, whichever models gave them.
-    homes: dict[str, list[tuple[_Batch, Unit]]] = {}
+    homes: dict[str, list[tuple[ScoresFile, Unit]]] = {}
     for batch in files:
         for unit in batch.missing():
             homes.setdefault(unit.key, []).append((batch, unit))
@@ -280,9 +244,7 @@ def _ask(config: JudgeConfig, asked: Judge, tried: _Batch | None, batches: Seque
     with RowCounter(f"judge ({asked.name}): verdicts", len(homes)) as counter:
         for unit, verdict in asked.verdicts([places[0][1] for places in homes.values()]):
             for batch, twin in homes[unit.key]:
-                row = _score_row(asked, twin, add_attempt(batch.failed.get(unit.key), verdict))
-                batch.finished[unit.key] = row
-                append_rows(batch.path, [row])
+                batch.add(twin, verdict)
             counter.advance()
             if homes[unit.key][0][0] is tried:
                 _require_self_test(config, tried)
@@ -294,51 +256,13 @@ def _ask(config: JudgeConfig, asked: Judge, tried: _Batch | None, batches: Seque
         )
 
 
-def _require_self_test(config: JudgeConfig, tried: _Batch | None) -> None:
+def _require_self_test(config: JudgeConfig, tried: ScoresFile | None) -> None:
     """Refuse the judge as soon as all verdicts on the known responses are there and out of order."""
     if tried is None or not isinstance(config, PromptedConfig) or not config.self_test:
         return
     rows = [tried.finished.get(unit.key) for unit in tried.owed if unit.row["id"].startswith("self-test/")]
     if all(row is not None for row in rows):
         checks.require_order([row for row in rows if row is not None], config.model)
-
-
-def _finish(asked: Judge, batch: _Batch) -> dict[str, Any]:
-    """Bring the file into the order of the responses and count it."""
-    rows = _rows(asked, batch)
-    write_rows(batch.path, rows)
-    scores = [row["score"] for row in rows if row["state"] == "scored"]
-    return {
-        "asked": len(rows),
-        **Counter(row["state"] for row in rows),
-        "mean": sum(scores) / len(scores) if scores else None,
-        "reused": batch.num_reused,
-        **{name: sum(row[name] for row in rows) for name in _COUNTS},
-    }
-
-
-def _rows(asked: Judge, batch: _Batch) -> list[Row]:
-    return [batch.finished.get(unit.key) or _unanswered(asked, unit) for unit in batch.owed]
-
-
-def _unanswered(asked: Judge, unit: Unit) -> Row:
-    if unit.row["state"] == "generated":
-        return _score_row(asked, unit, Verdict("judge_failed", cause="the judge returned no verdict"))
-    row = _score_row(asked, unit, Verdict("judge_failed"))
-    return row | {"state": unit.row["state"], "cause": unit.row["cause"]}
-
-
-def _identity(asked: Judge, unit: Unit) -> Row:
-    names = ("id", "category", "model", "sample")
-    return {name: unit.row[name] for name in names} | {"repeat": unit.repeat, "judge": asked.name}
-
-
-def _score_row(asked: Judge, unit: Unit, verdict: Verdict) -> Row:
-    return _identity(asked, unit) | asdict(verdict) | {"key": unit.key}
-
-
-def _verdict(row: Row) -> Verdict:
-    return Verdict(**{each.name: row[each.name] for each in fields(Verdict) if each.name in row})
 
 
 def _require_scored(result: Mapping[str, Any], min_scored: float) -> None:
