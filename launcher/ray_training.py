@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import trainer.errors
 from launcher.errors import LauncherError, Preempted
-from trainer.config import TrainerConfig
+from trainer.config import TrainerConfig, TrainingConfig
 from trainer.errors import TrainerError
 from trainer.stored import sealed_steps
+
+# Ray may take so long to see that a node is gone: five health checks that fail, 3 s apart.
+NODE_LOST_S = 20
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,32 @@ def decide(error: TrainingFailedError, failures: int, stalled: int, max_failures
     return Retry(said)
 
 
+def workers_for(training: TrainingConfig, room: int) -> int | None:
+    """With how many workers training can go on. Pure.
+
+    Args:
+        training: the training section.
+        room: workers that the cluster could hold.
+
+    Returns:
+        All of them where they fit; else, as far down as training.min_workers, the most that the global batch can be cut
+        over; None where there is no such number.
+    """
+    if room >= training.num_workers:
+        return training.num_workers
+    fewest = training.min_workers or training.num_workers
+    batches = training.global_batch_size // training.micro_batch_size
+    return next((workers for workers in range(room, fewest - 1, -1) if workers and batches % workers == 0), None)
+
+
 def train_on_ray(
-    config: TrainerConfig, run_dir: Path, *, use_gpu: bool, tick: Callable[[], None], notify: Callable[[str], None]
+    config: TrainerConfig,
+    run_dir: Path,
+    *,
+    use_gpu: bool,
+    tick: Callable[[], None],
+    notify: Callable[[str], None],
+    wait_s: float = 600,
 ) -> dict[str, Any]:
     """Run the training stage on the connected Ray cluster.
 
@@ -86,6 +114,7 @@ def train_on_ray(
         use_gpu: one GPU for each worker, and NCCL; else CPUs, and gloo.
         tick: called about twice a second while the workers run; shows progress.
         notify: called with a line of text when the workers are started again.
+        wait_s: longest wait for a place for the workers after some were lost.
 
     Returns:
         What rank 0's worker returned.
@@ -110,11 +139,41 @@ def train_on_ray(
                         raise Preempted(cause) from None
                     case Retry(cause):
                         notify(f"the workers failed and are started again from the newest checkpoint ({cause})")
+                        config = _with_workers_left(config, use_gpu=use_gpu, wait_s=wait_s, notify=notify)
             except RayError as error:
                 raise LauncherError(
                     f"training stopped: the Ray cluster failed ({type(error).__name__}: {error}); "
                     f"the same command goes on from the newest checkpoint"
                 ) from None
+
+
+def _with_workers_left(
+    config: TrainerConfig, *, use_gpu: bool, wait_s: float, notify: Callable[[str], None]
+) -> TrainerConfig:
+    """The configuration with as many workers as can be placed now; waits where that are too few."""
+    training = config.training
+    if training.min_workers is not None:
+        deadline = time.monotonic() + NODE_LOST_S
+        while _room(training, use_gpu=use_gpu) >= training.num_workers and time.monotonic() < deadline:
+            time.sleep(0.5)
+    deadline = time.monotonic() + wait_s
+    while (workers := workers_for(training, room := _room(training, use_gpu=use_gpu))) is None:
+        if time.monotonic() >= deadline:
+            raise LauncherError(
+                f"training stopped: {training.num_workers} workers are asked and the cluster has room for {room}, "
+                f"after {wait_s:g} s (cluster.wait_s); training.min_workers lets fewer go on; the same command goes on "
+                f"from the newest checkpoint"
+            )
+        time.sleep(1)
+    if workers == training.num_workers:
+        return config
+    notify(f"the cluster has room for {room} workers: training goes on with {workers} (training.min_workers)")
+    return config.model_copy(update={"training": training.model_copy(update={"num_workers": workers})})
+
+
+def _room(training: TrainingConfig, *, use_gpu: bool) -> int:
+    there = ray.cluster_resources()
+    return int(there.get("GPU", 0)) if use_gpu else int(there.get("CPU", 0)) // training.threads_per_worker
 
 
 def _where_stacks_are(run_dir: Path) -> str:

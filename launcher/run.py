@@ -282,7 +282,14 @@ class _Work:
 
         try:
             with _stop_requests(self.run_dir):
-                return train_on_ray(self.config.trainer, self.run_dir, use_gpu=use_gpu, tick=tick, notify=self._say)
+                return train_on_ray(
+                    self.config.trainer,
+                    self.run_dir,
+                    use_gpu=use_gpu,
+                    tick=tick,
+                    notify=self._say,
+                    wait_s=self.config.cluster.wait_s,
+                )
         except Preempted:
             self.push()
             raise

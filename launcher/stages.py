@@ -35,6 +35,7 @@ LAYOUT = {
     "data": {"engine", "num_processes", "cache"},
     "training": {
         "num_workers",
+        "min_workers",
         "threads_per_worker",
         "micro_batch_size",
         "gradient_checkpointing",

@@ -301,6 +301,11 @@ class TrainingConfig(Section):
     """The optimizer, the schedule, the batch, and what is written while it runs."""
 
     num_workers: int = Field(1, ge=1, description="Ranks, one process each; one GPU each on a GPU cluster.")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Fewest ranks that training goes on with when a node is lost; null waits for all (cluster.wait_s).",
+    )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",
@@ -365,6 +370,12 @@ class TrainingConfig(Section):
         pattern=r"^(stop|skip [1-9]\d{0,5})$",
         description="A step whose loss or gradient is not finite is not taken: stop, or skip N such steps of a run.",
     )
+
+    @model_validator(mode="after")
+    def _fewer_is_not_more(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -6,7 +6,8 @@ import pytest
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from launcher.ray_training import Resume, Retry, Stop, decide
+from launcher.ray_training import Resume, Retry, Stop, decide, workers_for
+from trainer.config import TrainingConfig
 from trainer.errors import Preempted, TrainerError
 
 
@@ -45,6 +46,28 @@ def test_what_another_attempt_cannot_mend_stops_at_once() -> None:
 
 def test_a_preempted_run_is_resumed_later() -> None:
     assert decide(failed(r0=Preempted("saved step 7")), failures=1, stalled=0, max_failures=0) == Resume("saved step 7")
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "min_workers", "room", "expected"),
+    [
+        (8, None, 8, 8),
+        (8, None, 99, 8),
+        (8, None, 7, None),
+        (8, 1, 7, 6),  # 24 micro-batches cannot be cut over 7
+        (8, 1, 5, 4),
+        (8, 4, 3, None),
+        (8, 5, 5, None),
+        (8, 1, 0, None),
+    ],
+)
+def test_fewer_workers_go_on_where_that_is_allowed(
+    num_workers: int, min_workers: int | None, room: int, expected: int | None
+) -> None:
+    training = TrainingConfig(
+        num_workers=num_workers, min_workers=min_workers, global_batch_size=48, micro_batch_size=2
+    )
+    assert workers_for(training, room) == expected
 
 
 @pytest.mark.parametrize("max_failures", [0, 1])

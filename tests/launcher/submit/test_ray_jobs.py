@@ -250,6 +250,33 @@ def test_two_runs_of_a_sweep_side_by_side_do_not_disturb_each_other_and_outlive_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_training_goes_on_with_the_workers_that_are_left(
+    ray_nodes: RayCluster, submitting: Path, repository: Path
+) -> None:
+    ray_nodes.heal()
+    training = {"num_workers": 3, "min_workers": 1, "global_batch_size": 6, "micro_batch_size": 1, "max_steps": 200}
+    config = configure(submitting, repository, training=training | {"checkpoint_every": 20})
+    known = {key: value for key, value in ray_nodes.environment.items() if key.startswith("RAY_")}
+    log = submitting / "output.log"
+    program = [sys.executable, "-m", "launcher", "run", str(config), "--to", "train"]
+    program += ["--set", f"cluster.address={ray_nodes.gcs}"]
+    with log.open("wb") as output:
+        run = subprocess.Popen(
+            program,
+            cwd=submitting,
+            env=os.environ | known | {"PYTHONPATH": str(repository)},
+            stdout=output,
+            stderr=output,
+        )
+    until(lambda: len(train_rows(submitting / "small")) > 30, 120, log.read_text)
+    ray_nodes.kill_raylet("RayTrainWorker")
+    assert run.wait(200) == 0, log.read_text()
+    assert "the cluster has room for 2 workers: training goes on with 2 (training.min_workers)" in log.read_text()
+    assert [row["step"] for row in train_rows(submitting / "small")] == list(range(1, 201))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_cancel_lets_the_job_save_and_leaves_the_cluster(
     ray_nodes: RayCluster, submitting: Path, repository: Path
