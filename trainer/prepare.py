@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -37,9 +36,9 @@ from trainer.data.spread import ChunkMap, LocalMap, chunked
 from trainer.data.templates import Renderer
 from trainer.data.tokenizer import load_tokenizer, scratch_tokenizer, train_tokenizer
 from trainer.errors import TrainerError
+from trainer.hub import is_commit
 
 _ROWS_FOR_ONE_PROCESS = 20_000
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def prepare(config: TrainerConfig, run_dir: Path, *, map_chunks: ChunkMap | None = None) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def _is_fixed(config: TrainerConfig) -> bool:
     """Whether the base's tokenizer cannot change under the same name: what a branch on the hub holds, can."""
     model = config.model
     local = model.name_or_path is None or Path(model.name_or_path).is_dir()
-    return local or bool(_COMMIT.fullmatch(model.revision or ""))
+    return local or is_commit(model.revision)
 
 
 def _summary_of(folder: Path, digest: str, config: TrainerConfig) -> dict[str, Any] | None:

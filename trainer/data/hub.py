@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # the HTTP library's own, whichever it is
 
 from trainer.config import SourceConfig
 from trainer.errors import TrainerError
+from trainer.hub import commit_of, is_commit
 
 
 def read_saved(path: Path, split: str) -> Iterator[tuple[str, int, object]]:
@@ -49,16 +48,9 @@ def pin(source: SourceConfig) -> SourceConfig:
     Raises:
         TrainerError: the hub does not answer, or has no such data set or revision.
     """
-    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
+    if is_commit(source.revision):
         return source
-    try:
-        commit = HfApi().dataset_info(source.path, revision=source.revision).sha
-    except (HTTPError, OSError) as error:
-        raise TrainerError(
-            f"data: there is no file or folder {source.path}, and the hub gives no data set of that name"
-            f"{f' at {source.revision}' if source.revision else ''}: {error}"
-        ) from error
-    return source.model_copy(update={"revision": commit})
+    return source.model_copy(update={"revision": commit_of("dataset", source.path, source.revision)})
 
 
 def read_hub(source: SourceConfig) -> Iterator[tuple[str, int, object]]:
@@ -73,6 +65,7 @@ def read_hub(source: SourceConfig) -> Iterator[tuple[str, int, object]]:
     Raises:
         TrainerError: it cannot be loaded.
     """
+    commit_of("dataset", source.path, source.revision)  # load_dataset would try for a minute to reach it
     try:
         rows = load_dataset(
             source.path, source.subset, split=source.hub_split, revision=source.revision, streaming=True

@@ -234,7 +234,10 @@ def _pieces(conversation: Conversation) -> npt.NDArray[np.uint32]:
     hashes = np.zeros(max(codes.size - _PIECE + 1, 1), dtype=np.uint32)
     for offset in range(min(_PIECE, codes.size)):
         hashes = hashes * np.uint32(16_777_619) + codes[offset : offset + hashes.size]
-    return np.unique(hashes)
+    hashes.sort()  # np.unique takes several times as long on so few
+    first = np.ones(hashes.size, dtype=bool)
+    first[1:] = hashes[1:] != hashes[:-1]
+    return hashes[first]
 
 
 @cache

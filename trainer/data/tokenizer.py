@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trainer.config import ModelConfig
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
+from trainer.hub import tokenizer_folder
 
 PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of the vocabulary, not a password
 
@@ -29,8 +31,11 @@ def load_tokenizer(model: ModelConfig, template: TemplateName) -> PreTrainedToke
     """
     from transformers import AutoTokenizer  # loads torch, which a run from scratch does not need yet
 
+    place = Path(model.name_or_path or "")
+    if not place.is_dir():
+        place = tokenizer_folder(str(model.name_or_path), model.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise TrainerError(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
