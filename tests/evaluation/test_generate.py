@@ -17,7 +17,7 @@ from evaluation.generate import generate
 from evaluation.judge import judge
 from evaluation.judges.forms import form_of
 from evaluation.judges.prompts import neutralise
-from evaluation.models import fingerprint_folder, render_as_chat
+from evaluation.models import family_of, fingerprint_folder, render_as_chat
 from evaluation.prompts import Prompt
 from evaluation.rows import read_rows, write_rows
 from evaluation.vllm_cluster import EngineSpec, Request, complete, shares
@@ -314,6 +314,33 @@ def test_an_endpoint_can_be_given_the_training_prompt_as_text(tmp_path):
     assert {body["prompt"] for body in endpoint.bodies} == {f"question {number}" for number in range(4)}
     assert not any({"temperature", "top_p", "seed", "messages"} & body.keys() for body in endpoint.bodies)
     assert [(row["response"], row["finish_reason"]) for row in responses(tmp_path, "big")] == [(" yes", "length")] * 4
+
+
+def test_each_sample_is_a_row_with_a_seed_of_its_own(tmp_path):
+    write_test_set(tmp_path, num=4)
+    with Endpoint(lambda body, number: completion(f"answer {body['seed']}")) as endpoint:
+        source = ApiModel(type="api", base_url=endpoint.url, model="m", api_key_env=None)
+        config = CONFIG.model_copy(update={"num_samples": 3, "temperature": 1.0})
+        counts = generate(config, tmp_path, {"big": source})["models"]["big"]
+        rows = responses(tmp_path, "big")
+        generate(config.model_copy(update={"num_samples": 4}), tmp_path, {"big": source})
+        assert len(endpoint.bodies) == 4 * 3 + 4  # the samples that are there stay
+    assert counts["asked"] == 12
+    assert [(row["id"], row["sample"]) for row in rows] == [(f"r{n}", sample) for n in range(4) for sample in range(3)]
+    assert len({row["response"] for row in rows}) == 12
+
+
+def test_shares_of_engines():
+    assert shares([0, 1, 0, 2, -1]) == [3, 1]
+    assert shares([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("meta-llama/Llama-3.1-8B-Instruct", "llama"), ("gpt-5-mini", "gpt"), ("o3", "o3"), ("Qwen3-32B", "qwen")],
+)
+def test_the_family_of_a_model_at_an_endpoint_is_guessed_by_its_name(name, family):
+    assert family_of(name) == family
 
 
 def test_an_endpoint_that_refuses_everything_is_told_by_its_word_in_the_configuration(tmp_path):

@@ -192,7 +192,13 @@ def test_the_model_under_test_and_its_family_are_marked(run_dir):
     with Endpoint() as endpoint:
         config = config_of(endpoint).model_copy(update={"model": "meta-llama/Llama-9"})
         judge(config, ["tuned"], run_dir)
-    assert (summary(run_dir)["same_family_as"], summary(run_dir)["same_model_as"]) == (["base"], [])
+        assert (summary(run_dir)["same_family_as"], summary(run_dir)["same_model_as"]) == (["base"], [])
+        # At one endpoint the name tells.
+        served = {"fingerprint": "h", "family": "llama", "base_url": endpoint.url}
+        models |= {"rival": served | {"model": "meta-llama/Llama-9"}, "other": served | {"model": "meta-llama/Llama-8"}}
+        (run_dir / "responses/models.json").write_text(json.dumps(models))
+        judge(config, ["tuned"], run_dir)
+    assert summary(run_dir)["same_model_as"] == ["rival"]
 
 
 def fair_pair(body, number):

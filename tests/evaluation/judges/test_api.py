@@ -93,6 +93,24 @@ def test_a_400_on_one_row_of_a_working_endpoint_fails_that_row():
     assert "HTTP 400" in verdicts[2].cause
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "x", "code": "context_length_exceeded"},
+        {"message": "This model's maximum context length is 128 tokens.", "code": 400},
+    ],
+)
+def test_a_prompt_that_does_not_fit_the_judge_fails_alone_and_is_asked_once(error):
+    def refuse_first(body, number):
+        return web.json_response({"error": error}, status=400) if number == 1 else fair(body, number)
+
+    with Endpoint(refuse_first) as endpoint:
+        verdicts = run(endpoint, 3, concurrency=1, attempts=3)
+        assert len(endpoint.bodies) == 3
+    assert [verdict.state for verdict in verdicts] == ["judge_failed", "scored", "scored"]
+    assert "too long for the model" in verdicts[0].cause
+
+
 def test_429_waits_as_long_as_the_server_says():
     def once_busy(body, number):
         if number == 1:
