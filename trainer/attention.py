@@ -99,22 +99,22 @@ def packed_sdpa(
     if attention_mask is not None:
         raise ValueError(f"{PACKED_SDPA} takes no attention mask")
     if sliding_window is not None and sliding_window < max(document_lengths):
-        raise ValueError(
-            f"{PACKED_SDPA} knows no sliding window ({sliding_window} tokens): set model.attention to sdpa"
-        )
+        raise ValueError(f"{PACKED_SDPA} knows no window of {sliding_window} tokens: set model.attention to sdpa")
     batch, heads, length, head_size = query.shape
     compute_type = torch.float32 if query.device.type == "cpu" else query.dtype
 
-    def documents(tensor: Tensor) -> tuple[Tensor, ...]:
-        flat = tensor.transpose(1, 2).reshape(1, batch * length, -1, head_size).transpose(1, 2)
-        return flat.to(compute_type).split(document_lengths, dim=2)
-
+    documents = (_documents(tensor.to(compute_type), document_lengths) for tensor in (query, key, value))
     answers = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True)
-        for q, k, v in zip(documents(query), documents(key), documents(value), strict=True)
+        for q, k, v in zip(*documents, strict=True)
     ]
     flat = torch.cat(answers, dim=2).to(query.dtype)
     return flat.transpose(1, 2).reshape(batch, length, heads, head_size), None
+
+
+def _documents(tensor: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Each document's part of [batch, heads, length, head size], as [1, heads, document's length, head size]."""
+    return tensor.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2).split(lengths, dim=2)
 
 
 def packed_varlen(
@@ -158,16 +158,6 @@ def packed_varlen(
     batch, heads, length, head_size = query.shape
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     seen = -1 if sliding_window is None else sliding_window - 1
-    answer = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(seen, 0),
-        enable_gqa=True,
-    )
+    edges = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    answer = varlen_attn(q, k, v, *edges, scale=scaling, window_size=(seen, 0), enable_gqa=True)
     return answer.view(batch, length, heads, head_size), None

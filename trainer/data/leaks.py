@@ -237,7 +237,8 @@ def _pieces(conversation: Conversation) -> npt.NDArray[np.uint32]:
     hashes.sort()  # np.unique takes several times as long on so few
     first = np.ones(hashes.size, dtype=bool)
     first[1:] = hashes[1:] != hashes[:-1]
-    return hashes[first]
+    distinct: npt.NDArray[np.uint32] = hashes[first]
+    return distinct
 
 
 @cache
