@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -211,7 +212,8 @@ def measures_of(results: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         One row a task or group, metric and filter: task, version, num_fewshot, num (documents measured), metric,
-        filter, value, standard_error (None where the harness gives none) and higher_is_better.
+        filter, value (None where it is not finite), standard_error (None where the harness gives none) and
+        higher_is_better.
     """
     rows = []
     for task, values in {**results["results"], **results.get("groups", {})}.items():
@@ -227,11 +229,15 @@ def measures_of(results: Mapping[str, Any]) -> list[Row]:
                 "num": _num_documents(results, task),
                 "metric": metric,
                 "filter": which,
-                "value": float(value),
-                "standard_error": float(error) if isinstance(error, int | float) else None,
+                "value": _finite(value),
+                "standard_error": _finite(error),
                 "higher_is_better": results.get("higher_is_better", {}).get(task, {}).get(metric),
             })  # fmt: skip
     return rows
+
+
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _num_documents(results: Mapping[str, Any], task: str) -> int | None:

@@ -167,3 +167,5 @@ def test_groups_and_errors_are_flattened():
     ]
     assert [row["num"] for row in rows] == [4, 4, 4]
     assert [row["standard_error"] for row in rows] == [0.1, None, 0.1]
+    nothing = measures_of({"results": {"a": {"acc,none": math.nan, "acc_stderr,none": math.nan}}})
+    assert (nothing[0]["value"], nothing[0]["standard_error"]) == (None, None)

@@ -430,10 +430,11 @@ def test_benchmarks_stand_side_by_side(tmp_path):
     make_run(tmp_path, num_rows=20)
     harness_file(tmp_path, "tuned", 0.875)
     harness_file(tmp_path, "base", 0.5)
+    harness_file(tmp_path, "third", None)
     report = report_of(tmp_path)
     assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(report)) == []
     (row,) = report["benchmarks"]
-    assert list(row["models"]) == ["base", "tuned"]
+    assert list(row["models"]) == ["base", "tuned", "third"]
     assert row["models"]["tuned"] == {
         "value": 0.875,
         "standard_error": 0.05,
