@@ -99,7 +99,7 @@ def packed_sdpa(
     if attention_mask is not None:
         raise ValueError(f"{PACKED_SDPA} takes no attention mask")
     if sliding_window is not None and sliding_window < max(document_lengths):
-        raise ValueError(f"{PACKED_SDPA} knows no window of {sliding_window} tokens: set model.attention to sdpa")
+        raise ValueError(f"{PACKED_SDPA} knows no sliding window (of {sliding_window}): set model.attention to sdpa")
     batch, heads, length, head_size = query.shape
     compute_type = torch.float32 if query.device.type == "cpu" else query.dtype
 
