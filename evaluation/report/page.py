@@ -25,6 +25,7 @@ from evaluation.rows import Row
 _DECEPTIVE = re.compile(
     "[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 )
+_HEADING = re.compile(r"\s*^#{2,} *[\w ]{1,30}: *$\s*", re.MULTILINE)
 MAX_CURVE_POINTS = 400
 MAX_MARKDOWN_CHARS = 160
 # Ends that the axis of a difference may have, in points.
@@ -201,9 +202,7 @@ def _environment(*, autoescape: bool) -> Environment:
     environment.filters.update(
         interval=interval_text,
         signed=signed_text,
-        short=lambda text: (
-            text if len(text) <= MAX_MARKDOWN_CHARS else text[:MAX_MARKDOWN_CHARS] + "\N{HORIZONTAL ELLIPSIS}"
-        ),
+        short=short_text,
         visible=lambda value: visible(str(value)),
         cell=markdown_cell,
         number=number_text,
@@ -226,6 +225,19 @@ def markdown_cell(value: object) -> str:
     text = re.sub(r"\s+", " ", visible(str(value))).strip()
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#+!|~@-])", r"\\\1", text)
+
+
+def short_text(text: str) -> str:
+    """The beginning of a prompt or an answer as one line, as the page's titles show it.
+
+    Args:
+        text: Any.
+
+    Returns:
+        At most 160 characters; the heading over an Alpaca row's input, the template's word, has become a dot.
+    """
+    line = " ".join(_HEADING.sub(" \N{MIDDLE DOT} ", text).split())
+    return line if len(line) <= MAX_MARKDOWN_CHARS else line[:MAX_MARKDOWN_CHARS] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def number_text(value: object) -> str:

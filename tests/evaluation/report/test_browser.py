@@ -274,7 +274,18 @@ def contrast(page, selector):
 def test_text_can_be_read_in_both_schemes(browser, report, scheme):
     page = browser.new_page(color_scheme=scheme)
     page.goto(report.as_uri())
-    for selector in (".words", ".range", ".figure", ".facts dt", ".notice li", "#rows .meta", ".change.better", "h2"):
+    for selector in (
+        ".words",
+        ".range",
+        ".figure",
+        ".facts dt",
+        ".notice li",
+        "#rows .meta",
+        ".change.better",
+        "h2",
+        ".finding",
+        ".columns button",
+    ):
         assert contrast(page, selector) >= 4.5, selector
     page.close()
 

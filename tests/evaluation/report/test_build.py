@@ -12,7 +12,7 @@ from evaluation.config import ReportConfig
 from evaluation.errors import EvaluationError
 from evaluation.report import build
 from evaluation.report.build import write_report
-from evaluation.report.page import difference_chart, markdown_cell, script_json, visible
+from evaluation.report.page import difference_chart, markdown_cell, script_json, short_text, visible
 from evaluation.report.scores import gather_scores
 
 _synthetic = runpy.run_path(str(Path(__file__).parent / "synthetic.py"))
@@ -395,6 +395,11 @@ def test_markdown_counts_cut_answers_and_shows_a_few(tmp_path):
     assert len(shown) == 6  # three most changed, three worst
     first = int(report["samples"]["most_changed"][0][-5:])
     assert shown[0].startswith(f"| Question {first}: ")
+
+
+def test_short_text_is_one_line_without_the_templates_heading():
+    assert short_text("Sort the words.\n\n### Input:\npear\napple") == "Sort the words. \u00b7 pear apple"
+    assert short_text("x" * 161) == "x" * 160 + "\u2026"
 
 
 @pytest.mark.parametrize(
