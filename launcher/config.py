@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -246,7 +246,8 @@ def _put(tree: dict[str, Any], location: Location, value: object, text: str) -> 
 
 
 def _explain(detail: ErrorDetails, path: Path, lines: dict[Location, int], overridden: set[Location]) -> str:
-    location = _without_tags(detail["loc"], last_is_key=detail["type"] == "extra_forbidden")
+    written = {key[:end] for key in (*lines, *overridden) for end in range(1, len(key) + 1)}
+    location = _without_tags(detail["loc"], written, last_is_key=detail["type"] == "extra_forbidden")
     where = _where(location, path, lines, overridden)
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key {_dotted(location)}{_nearest_key(location)}"
@@ -270,13 +271,14 @@ def _where(location: Location, path: Path, lines: dict[Location, int], overridde
     return "--set" if any(key[: len(location)] == location for key in overridden) else str(path)
 
 
-def _without_tags(location: Location, *, last_is_key: bool) -> Location:
+def _without_tags(location: Location, written: Collection[Location], *, last_is_key: bool) -> Location:
     """Keep only what stands in the YAML: pydantic puts a union's tag in the location (judge, vllm, model)."""
     kept: list[str | int] = []
     models: list[type[BaseModel]] = [RunConfig]
     for number, part in enumerate(location):
         is_field = any(part in model.model_fields for model in models)
-        if isinstance(part, int) or is_field or (last_is_key and number == len(location) - 1):
+        is_written = (*kept, part) in written
+        if isinstance(part, int) or is_field or is_written or (last_is_key and number == len(location) - 1):
             kept.append(part)
             models = _models_at((*kept,))
     return tuple(kept)
@@ -286,8 +288,9 @@ def _models_at(location: Location) -> list[type[BaseModel]]:
     """The models that may stand at a location of the configuration (several, for a union)."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        if isinstance(part, str):
-            models = [m for model in models if part in model.model_fields for m in _models_in(model, part)]
+        # What is no field is a name of the user's own, such as a further model's: the models stand behind it.
+        if any(part in model.model_fields for model in models):
+            models = [m for model in models if part in model.model_fields for m in _models_in(model, str(part))]
     return models
 
 

@@ -48,6 +48,21 @@ def test_set_is_typed_and_makes_sections(tmp_path: Path) -> None:
     assert config.data.packing is False
 
 
+def test_a_mistake_in_a_further_model_names_the_model(tmp_path: Path) -> None:
+    text = MINIMAL + (
+        "generation:\n  models:\n    rival: owner/name\n    other:\n      type: api\n      model: m\n"
+        "      base_url: http://127.0.0.1:1/v1\n      concurency: 3\n    third: {path: x, adaptr: y}\n"
+    )
+    assert problems(tmp_path, text) == [
+        f"{tmp_path}/run.yaml:13: unknown key generation.models.other.concurency; "
+        "did you mean generation.models.other.concurrency?",
+        f"{tmp_path}/run.yaml:14: unknown key generation.models.third.adaptr; "
+        "did you mean generation.models.third.adapter?",
+    ]
+    (wrong,) = problems(tmp_path, MINIMAL, "generation.models.rival={type: apo}")
+    assert wrong.startswith("--set: generation.models.rival = {'type': 'apo'}: a model is a path or hub id")
+
+
 def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
