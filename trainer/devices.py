@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
+from trainer.errors import TrainerError
 
 
 def device_problems(
@@ -70,4 +73,34 @@ def nvme_problems(folder: Path) -> list[str]:
         return [f"deepspeed.nvme_path: {folder} is no folder of this machine: make it on a local NVMe disk"]
     if not os.access(folder, os.W_OK | os.X_OK):
         return [f"deepspeed.nvme_path: {folder} can't be written to by this user"]
+    if find_library("aio") is None:
+        return [
+            "deepspeed.nvme_path: DeepSpeed swaps through libaio, which is not installed: apt-get install libaio-dev"
+        ]
     return []
+
+
+def refuse_small_disk(deepspeed: DeepSpeedConfig, num_trained: int, num_weights: int, num_ranks_here: int) -> None:
+    """Check that what is offloaded to NVMe has room there.
+
+    Args:
+        deepspeed: What is offloaded, and where to.
+        num_trained: Trained weights of a rank's share.
+        num_weights: Weights of a rank's share.
+        num_ranks_here: Ranks of this machine.
+
+    Raises:
+        TrainerError: There is less room than is needed.
+    """
+    if deepspeed.nvme_path is None:
+        return
+    # The fp32 master weight, two moments, and the gradient while it waits for the step; a weight has 4 bytes at most.
+    each = (16 * num_trained if deepspeed.offload_optimizer == "nvme" else 0) + (
+        4 * num_weights if deepspeed.offload_parameters == "nvme" else 0
+    )
+    needed, free = each * num_ranks_here, shutil.disk_usage(deepspeed.nvme_path).free
+    if free < needed:
+        raise TrainerError(
+            f"deepspeed.nvme_path: {deepspeed.nvme_path} has {free:,} bytes free, the {num_ranks_here} ranks of this "
+            f"machine need {needed:,}: free some, or take more workers on more machines"
+        )

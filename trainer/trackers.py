@@ -63,13 +63,16 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow; offline it lies in run_dir/mlflow.db, else where MLflow's own settings say."""
+    """A run of MLflow; offline it lies in run_dir/mlflow.db and mlflow/, else where MLflow's own settings say."""
 
     def __init__(self, config: TrainerConfig, run_dir: Path) -> None:
         self._mlflow = library("mlflow")
+        project = config.training.tracker_project
         if config.training.trackers_offline:
             self._mlflow.set_tracking_uri(f"sqlite:///{run_dir.resolve()}/mlflow.db")
-        self._mlflow.set_experiment(config.training.tracker_project)
+            if self._mlflow.get_experiment_by_name(project) is None:  # files would lie in the working directory
+                self._mlflow.create_experiment(project, (run_dir.resolve() / "mlflow").as_uri())
+        self._mlflow.set_experiment(project)
         self._mlflow.start_run(run_name=run_dir.name)
         self._mlflow.log_dict(config.model_dump(mode="json"), "config.json")
 

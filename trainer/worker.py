@@ -35,7 +35,7 @@ from trainer.base_files import base_digests
 from trainer.config import TrainerConfig, TrainingConfig, load_trainer_config
 from trainer.data.batches import Batches
 from trainer.data.shards import PackedSplit
-from trainer.devices import device_problems
+from trainer.devices import device_problems, refuse_small_disk
 from trainer.errors import Preempted, TrainerError
 from trainer.failures import StepGuard, Watchdog, this_process
 from trainer.flops import arithmetic_of
@@ -276,6 +276,9 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     place = base_folder(config.model, found.run_dir)
     model = apply_tuning(base, config.tuning, place, str(found.run_dir / "data" / "tokenizer"))
     del sharded_loading
+    counted = parameter_counts(model)
+    trained, every = (counted[name] // found.world_size for name in ("num_trained_parameters", "num_parameters"))
+    refuse_small_disk(config.deepspeed, trained, every, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     most_tokens = config.training.micro_batch_size * length
     return_the_loss(model, num_loss_chunks(most_tokens, base.vocab_size, config.training.logits_bytes))
     offloaded = config.deepspeed.offload_optimizer != "none"

@@ -1,10 +1,12 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
-from trainer.devices import device_problems
+from trainer.devices import device_problems, refuse_small_disk
+from trainer.errors import TrainerError
 
 MODEL = ModelConfig(name_or_path="owner/model")
 
@@ -45,12 +47,25 @@ def test_liger_kernels_need_their_package_and_a_gpu(monkeypatch):
     ]
 
 
-def test_nothing_is_swapped_to_a_folder_that_is_not_there(tmp_path):
+def test_nothing_is_swapped_to_a_folder_that_is_not_there(tmp_path, monkeypatch):
     swapped = {"stage": 3, "offload_optimizer": "nvme", "nvme_path": tmp_path / "disk"}
     (line,) = problems(deepspeed=swapped, on_gpu=True)
     assert f"{tmp_path}/disk is no folder of this machine" in line
     (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("trainer.devices.find_library", lambda _: "libaio.so.1")
     assert problems(deepspeed=swapped, on_gpu=True) == []
+
+
+def test_a_disk_without_libaio_or_too_small_is_refused(tmp_path, monkeypatch):
+    swapped = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": tmp_path}
+    monkeypatch.setattr("trainer.devices.find_library", lambda _: None)
+    assert "apt-get install libaio-dev" in problems(deepspeed=swapped, on_gpu=True)[0]
+    config, free = DeepSpeedConfig(**swapped), shutil.disk_usage(tmp_path).free
+    fits = free // 40
+    refuse_small_disk(config, fits, fits, 2)
+    with pytest.raises(TrainerError, match=rf"2 ranks of this machine need {40 * (fits * 2):,}"):
+        refuse_small_disk(config, fits * 2, fits * 2, 2)
+    refuse_small_disk(DeepSpeedConfig(), 10**18, 10**18, 8)
 
 
 def test_two_lines_that_come_at_every_start_are_left_out_and_others_are_not():

@@ -35,6 +35,7 @@ def case(micro_batch_size, global_batch_size, *, packing, name, stage=2, attenti
 CASES = {
     1: [
         packed(16, name="one-rank-one-micro-batch"),
+        packed(8, name="one-rank-accumulates-2"),
         packed(4, name="one-rank-accumulates-4"),
         packed(4, name="one-rank-unsharded", stage=0),
         padded(6, name="one-rank-padded"),
@@ -43,6 +44,7 @@ CASES = {
     2: [
         packed(8, name="two-ranks"),
         packed(4, name="two-ranks-accumulate-2"),
+        packed(2, name="two-ranks-accumulate-4"),
         packed(1, name="two-ranks-accumulate-8-some-without-targets"),
         packed(4, name="zero-0", stage=0),
         packed(4, name="zero-1", stage=1),
@@ -58,7 +60,12 @@ CASES = {
         packed(1, name="fp16-zero-2", stage=2, precision="fp16", loss_scale_power=10),
         packed(4, name="fp16-zero-3", stage=3, precision="fp16"),
     ],
-    4: [packed(4, name="four-ranks"), packed(1, name="four-ranks-accumulate-4"), padded(3, name="four-ranks-padded")],
+    4: [
+        packed(4, name="four-ranks"),
+        packed(2, name="four-ranks-accumulate-2"),
+        packed(1, name="four-ranks-accumulate-4"),
+        padded(3, name="four-ranks-padded"),
+    ],
 }
 
 

@@ -88,14 +88,19 @@ def test_the_trace_holds_the_steps_that_were_asked_for(tmp_path):
         ("swanlab", "swanlab", "swanlab/*"),
     ],
 )
-def test_trackers_write_offline(tmp_path, tracker, module, written):
+def test_trackers_write_offline(tmp_path, monkeypatch, tracker, module, written):
     pytest.importorskip(module)
-    trackers = open_trackers(config(trackers=[tracker], trackers_offline=True), tmp_path)
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run_dir.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    trackers = open_trackers(config(trackers=[tracker], trackers_offline=True), run_dir)
     for step in (1, 2):
         log_row(trackers, train_row(step))
     assert len(trackers) == 1, "the tracker failed and was dropped"
     trackers[0].close()
-    assert list(tmp_path.glob(written))
+    assert list(run_dir.glob(written))
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
