@@ -36,6 +36,7 @@ def describe(row: dict[str, Any], steps_per_s: float | None) -> str:
         f"MFU {row['mfu']:.1%}",
         f"{row['memory_bytes'] / 2**30:.1f} GiB",
         f"padding {row['padding_share']:.1%}",
+        f"loss scale {row['loss_scale']:g}" if "loss_scale" in row else "",
     ]
     if steps_per_s:
         left_s = round((row["max_steps"] - row["step"]) / steps_per_s)

@@ -53,7 +53,7 @@ from trainer.zero import deepspeed_dict
 
 SHOWN = (
     *("kind", "step", "max_steps", "loss", "lr", "grad_norm", "tokens_per_s_per_device", "mfu", "memory_bytes"),
-    *("padding_share", "eta_s", "stalled_s", "write_s", "cause"),
+    *("padding_share", "loss_scale", "eta_s", "stalled_s", "write_s", "cause"),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -20,6 +20,7 @@ def test_a_line_tells_step_loss_rate_speed_and_time_left() -> None:
         "ETA 1:40:00"
     )
     assert "grad norm" not in describe(row(4, grad_norm=None), None)
+    assert describe(row(4, loss_scale=4096.0), None).endswith("loss scale 4096")
     assert describe({"kind": "validation", "step": 4, "loss": 1.25}, None) == "step 4  validation loss 1.2500"
     saved = {"kind": "checkpoint", "step": 4, "num_bytes": 2_500_000, "write_s": 1.25, "stalled_s": 0.31}
     assert describe(saved, None) == "step 4  checkpoint: 2.5 MB written in 1.2 s, training waited 0.3 s"
