@@ -331,12 +331,17 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
     Returns:
         Lines of text.
     """
-    train = counts["splits"]["train"]
+    splits, train = counts["splits"], counts["splits"]["train"]
+    rows = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
+    packed = train["utilisation"] is not None
     lines = [
-        f"{train['rows']:,} rows in {train['packs']:,} packs, {train['target_tokens']:,} of {train['tokens']:,} tokens "
-        f"are targets, {train['utilisation']:.1%} of the packs is filled"
+        f"{rows} rows, read as {counts['format']}",
+        f"train: {train['target_tokens']:,} of {train['tokens']:,} tokens are targets, "
+        + (f"{train['utilisation']:.1%} of {train['packs']:,} packs is filled" if packed else "not packed"),
     ]
     lines += [f"dropped, {reason}: {count:,} rows" for reason, count in counts["dropped"].items()]
+    if (longest := counts["longest_row_tokens"]) > (length := counts["sequence_length"]):
+        lines.append(f"the longest row has {longest:,} tokens, data.sequence_length is {length:,}")
     lines += [f"cut, {reason}: {count:,} rows" for reason, count in counts["truncated"].items()]
     lines += [f"kept, {reason}: {count:,} rows" for reason, count in counts.get("noticed", {}).items()]
     leaks = counts.get("leaks", {})
@@ -347,8 +352,8 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
             else "they stay in training; data.leaks: drop leaves them out"
         )
         lines.append(
-            f"leaks: {leaks['exact_train_rows']:,} train rows equal a test row, {leaks['near_train_rows']:,} are near "
-            f"duplicates of one: {fate} (examples in data/summary.json)"
+            f"leaks: train rows that ask a test row's question: {leaks['exact_train_rows']:,}, near duplicates of a "
+            f"test row: {leaks['near_train_rows']:,}; {fate} (examples in data/summary.json)"
         )
     return lines
 

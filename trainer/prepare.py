@@ -254,6 +254,7 @@ class _Preparation:
             "vocab_size": len(tokenizer),
             "stop_token": tokenizer.eos_token,
             "splits": counts,
+            "longest_row_tokens": tally.longest,
             "dropped": dropped,
             "truncated": dict(tally.truncated),
             "noticed": dict(+tally.noticed),
@@ -283,6 +284,7 @@ class _Preparation:
         for chunk in self.map_chunks(partial(encode_chunk, settings), lines):
             for error in chunk.bad:
                 self.rejected.add(error)
+            tally.longest = max(tally.longest, chunk.longest)
             tally.dropped.update(chunk.dropped)
             tally.truncated.update(chunk.truncated)
             tally.noticed.update(chunk.noticed)
@@ -311,6 +313,7 @@ class _Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
     asked_otherwise: int = 0
 
 
@@ -333,8 +336,9 @@ def show(config: TrainerConfig, run_dir: Path, n: int, console: Console) -> None
         num_targets = int(np.count_nonzero(labels != IGNORE))
         console.rule(f"{split.row_id(row)}: {input_ids.size} tokens, {num_targets} targets")
         console.print(_as_text(tokenizer, input_ids, labels, bracketed=not console.is_terminal))
-    legend = "plain: trained on; dim: masked" if console.is_terminal else "⟦trained on⟧, the rest is masked"
-    console.print(f"{legend} (data.train_on: {config.data.train_on}); reversed: special token")
+    styles = "plain: trained on; dim: masked; reversed: special token"
+    legend = styles if console.is_terminal else "⟦trained on⟧, the rest is masked"
+    console.print(f"{legend} (data.train_on: {config.data.train_on})")
 
 
 def _as_text(
@@ -353,11 +357,15 @@ def _as_text(
     # Runs of one style are decoded together: a character may be several tokens.
     edges = np.flatnonzero((np.diff(special) != 0) | (np.diff(masked) != 0)) + 1
     text = Text()
+    was_masked = True
     for run in np.split(np.arange(input_ids.size), edges):
-        style = ("dim " if masked[run[0]] else "") + ("reverse" if special[run[0]] else "")
-        piece = _escaped(str(tokenizer.decode(input_ids[run])))
-        text.append(f"⟦{piece}⟧" if bracketed and not masked[run[0]] else piece, style=style.strip())
-    return text
+        is_masked = bool(masked[run[0]])
+        if bracketed and is_masked != was_masked:
+            text.append("⟧" if is_masked else "⟦")
+        was_masked = is_masked
+        style = ("dim " if is_masked else "") + ("reverse" if special[run[0]] else "")
+        text.append(_escaped(str(tokenizer.decode(input_ids[run]))), style=style.strip())
+    return text.append("⟧") if bracketed and not was_masked else text
 
 
 def _escaped(text: str) -> str:

@@ -11,7 +11,9 @@ from launcher.run import answering_models, told_of, told_of_rows
 
 def counts(**more: Any) -> dict[str, Any]:
     train = {"rows": 1200, "packs": 130, "tokens": 64000, "target_tokens": 8000, "utilisation": 0.9615}
-    return {"splits": {"train": train}, "dropped": {}, "truncated": {}} | more
+    splits = {"train": train, "validation": {"rows": 60}, "test": {"rows": 140}}
+    of_rows = {"splits": splits, "format": "alpaca", "longest_row_tokens": 500, "sequence_length": 512}
+    return of_rows | {"dropped": {}, "truncated": {}} | more
 
 
 def test_nothing_is_left_out_in_silence() -> None:
@@ -19,23 +21,37 @@ def test_nothing_is_left_out_in_silence() -> None:
         counts(
             dropped={"overlong": 3},
             truncated={"response": 2},
+            noticed={"odd": 1},
+            longest_row_tokens=3000,
             leaks={"exact_train_rows": 4, "near_train_rows": 1},
         ),
         "warn",
     )
-    assert told[0] == "1,200 rows in 130 packs, 8,000 of 64,000 tokens are targets, 96.2% of the packs is filled"
-    assert told[1:3] == ["dropped, overlong: 3 rows", "cut, response: 2 rows"]
-    assert told[3].startswith(
-        "leaks: 4 train rows equal a test row, 1 are near duplicates of one: they stay in training"
+    assert told[:6] == [
+        "1,200 train, 60 validation, 140 test rows, read as alpaca",
+        "train: 8,000 of 64,000 tokens are targets, 96.2% of 130 packs is filled",
+        "dropped, overlong: 3 rows",
+        "the longest row has 3,000 tokens, data.sequence_length is 512",
+        "cut, response: 2 rows",
+        "kept, odd: 1 rows",
+    ]
+    assert told[6].startswith(
+        "leaks: train rows that ask a test row's question: 4, near duplicates of a test row: 1; they stay in training"
     )
 
 
 def test_dropped_leaks_are_told_as_dropped() -> None:
-    assert "they were left out" in told_of(counts(leaks={"exact_train_rows": 0, "near_train_rows": 2}), "drop")[1]
+    assert "they were left out" in told_of(counts(leaks={"exact_train_rows": 0, "near_train_rows": 2}), "drop")[2]
 
 
-def test_clean_data_takes_one_line() -> None:
-    assert len(told_of(counts(leaks={"exact_train_rows": 0, "near_train_rows": 0}), "warn")) == 1
+def test_clean_data_takes_two_lines() -> None:
+    assert len(told_of(counts(leaks={"exact_train_rows": 0, "near_train_rows": 0}), "warn")) == 2
+
+
+def test_rows_that_are_not_packed_are_told_too() -> None:
+    assert told_of(
+        counts(splits=counts()["splits"] | {"train": counts()["splits"]["train"] | {"utilisation": None}}), "warn"
+    )[1].endswith("are targets, not packed")
 
 
 def test_every_row_asked_for_is_told_in_its_state() -> None:

@@ -420,7 +420,7 @@ def test_show_dims_what_is_masked_and_escapes_what_moves_the_cursor(tmp_path, ba
     assert "\x1b[7m</s>" in learned
     in_a_file = io.StringIO()
     show(config, tmp_path / "run", 1, Console(file=in_a_file, width=200))
-    assert in_a_file.getvalue().count("⟦two\\n\nlines⟧") == 1
+    assert in_a_file.getvalue().count("⟦two\\n\nlines</s>⟧") == 1
 
 
 @pytest.mark.parametrize(

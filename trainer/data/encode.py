@@ -48,6 +48,8 @@ class EncodedChunk:
     row_ids: list[str] = field(default_factory=list)
     rows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = field(default_factory=list)
     """Token ids and labels of each."""
+    longest: int = 0
+    """Tokens of the longest row, before any cut."""
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
@@ -95,6 +97,7 @@ def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
     encoded = encoder.encode(segments)
     if settings.audit:
         audit(kept, segments, encoded, settings)
+    chunk.longest = max((row.input_ids.size for row in encoded), default=0)
     for line, row in zip(kept, encoded, strict=True):
         fitted, reason = fit(row, settings, f"{line.file}, row {line.row}")
         if reason is not None:
