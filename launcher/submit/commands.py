@@ -41,7 +41,9 @@ Sweep = Annotated[
         "--sweep", metavar="KEY=V,V... ...", help="A run for each combination: training.lr=1e-5,2e-5 run.seed=1,2."
     ),
 ]
-MoreSweep = Annotated[list[str] | None, typer.Argument(hidden=True, help="Further words of --sweep.")]
+MoreSweep = Annotated[
+    list[str] | None, typer.Argument(hidden=True, metavar="[KEY=V,V...]", help="Further words of --sweep.")
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Return when it is submitted, instead of following it.")]
 
 submit_app = typer.Typer(no_args_is_help=True, help="Run on Slurm, or on a Ray cluster that exists.")

@@ -207,9 +207,11 @@ def _free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for(path: Path) -> str:
-    """What the head writes; the batch script ends this process when that takes too long."""
+def _wait_for(path: Path, stop: _Stop) -> str:
+    """What the head writes; the batch script stops this process when that takes too long, or the head has failed."""
     while not path.exists():
+        if stop.asked:
+            raise OSError("stopped before the head had started")
         time.sleep(0.2)
     return path.read_text(encoding="utf-8").strip()
 
@@ -313,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_head = name == asked.head
     with tempfile.TemporaryDirectory(prefix="tl-", dir=asked.node_folder, ignore_cleanup_errors=True) as folder:
         try:
-            head = None if is_head else _wait_for(asked.folder / "address")
+            head = None if is_head else _wait_for(asked.folder / "address", stop)
             node = find_node(head, asked.interface)
             head = head or joined(node.address, _free_port(node.address))
             cause = _run_ray(stop, node, head, is_head=is_head, shared=asked.folder, folder=Path(folder))

@@ -31,6 +31,13 @@ say() { printf '%(%F %T)T job %s attempt %s: %s\n' -1 "$job" "$attempt" "$*"; }
 save() { asked=$1 && if [ -n "$driver" ]; then kill -USR1 "$driver" 2>/dev/null || true; fi; }
 running() { kill -0 "$1" 2>/dev/null; }
 pause() { sleep 1 & wait $! || true; } # unlike sleep, wait lets a trap run at once
+failed() { [ -s "$folder/cause" ] || ! running "$nodes"; }
+give_up() {
+  say "$1: $(cat -- "$folder/cause" 2>/dev/null || echo "see $folder")" >&2
+  kill -USR2 "$nodes" 2>/dev/null || true # Ray's sign to end; Slurm's own would take KillWait
+  for _ in {1..10}; do running "$nodes" && pause; done
+  exit 1
+}
 
 mkdir -p -- "$folder"
 rm -f -- "$folder/address" "$folder/cause"
@@ -45,13 +52,12 @@ program=(/shared/venv/bin/python)
 
 say "starting Ray on $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
 "${step[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-  --kill-on-bad-exit=1 --output="$folder/%N.log" \
+  --kill-on-bad-exit=0 --wait=30 --output="$folder/%N.log" \
   "${program[@]}" -m launcher.submit.node --folder "$folder" --head "$SLURMD_NODENAME" --node-folder /tmp &
 nodes=$!
-until [ -s "$folder/address" ] || ! running "$nodes" || ((SECONDS > 600)); do pause; done
+until [ -s "$folder/address" ] || failed || ((SECONDS > 600)); do pause; done
 if [ ! -s "$folder/address" ]; then
-  say "Ray did not start within 600 s: $(cat -- "$folder/cause" 2>/dev/null || echo "see $folder")" >&2
-  exit 1
+  give_up "Ray did not start within 600 s"
 fi
 
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
@@ -60,10 +66,9 @@ fi
   --set cluster.wait_s=600 &
 driver=$!
 [ "$asked" = no ] || save "$asked"
-while running "$driver" && running "$nodes"; do pause; done
+while running "$driver" && ! failed; do pause; done
 if running "$driver"; then
-  say "Ray ended before the run: $(cat -- "$folder/cause" 2>/dev/null || echo "see $folder")" >&2
-  exit 1
+  give_up "Ray ended before the run"
 fi
 code=0
 wait "$driver" || code=$?
