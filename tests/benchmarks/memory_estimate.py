@@ -49,18 +49,18 @@ CASES = {
     "nothing": Case(64, 64, 1, 2, 2, length=64),
     "wide": Case(1280, 3584, 3, 20, 20, length=256),
     "deep": Case(384, 1024, 28, 6, 6, length=256, training={"precision": "bf16"}),
-    "grouped": Case(1024, 3072, 4, 16, 4, stage=0, training={"precision": "bf16"}),
-    "long": Case(512, 1408, 6, 8, 8, length=1024),
-    "long-checkpointed": Case(512, 1408, 12, 8, 8, length=1024, training={"gradient_checkpointing": True}),
     "vocabulary": Case(512, 1408, 4, 8, 8, vocab=32_000, stage=3, training={"precision": "bf16"}),
-    "vocabulary-fp32": Case(384, 1024, 4, 6, 6, vocab=32_000, stage=0),
-    "one-worker": Case(768, 2048, 6, 12, 12, workers=1, stage=0, training={"precision": "bf16"}),
-    "zero3-fp32": Case(896, 2432, 5, 14, 14, length=256, stage=3),
     "lora": Case(1024, 2816, 8, 16, 16, tuning={"method": "lora", "rank": 16}),
-    "lora-zero3": Case(1024, 2816, 8, 16, 8, stage=3, tuning={"method": "lora", "rank": 16}),
+    "long-checkpointed": Case(512, 1408, 12, 8, 8, length=1024, training={"gradient_checkpointing": True}),
+    "one-worker": Case(768, 2048, 6, 12, 12, workers=1, stage=0, training={"precision": "bf16"}),
+    "grouped": Case(1024, 3072, 4, 16, 4, stage=0, training={"precision": "bf16"}),
+    "zero3-fp32": Case(896, 2432, 5, 14, 14, length=256, stage=3),
     "lora-bf16": Case(
         1024, 2816, 10, 16, 8, stage=0, workers=1, training={"precision": "bf16"}, tuning={"method": "lora", "rank": 8}
     ),
+    "vocabulary-fp32": Case(384, 1024, 4, 6, 6, vocab=32_000, stage=0),
+    "long": Case(512, 1408, 6, 8, 8, length=1024),
+    "lora-zero3": Case(1024, 2816, 8, 16, 8, stage=3, tuning={"method": "lora", "rank": 16}),
 }
 
 
@@ -110,16 +110,8 @@ def write_config(case: Case, folder: Path, model: dict[str, Any]) -> Path:
     return path
 
 
-def measure(case: Case, folder: Path) -> tuple[int, Memory]:
-    """Train the case for a few steps.
-
-    Args:
-        case: the case.
-        folder: an empty folder.
-
-    Returns:
-        Bytes of the largest rank, and what was told of it before.
-    """
+def call(folder: Path, *words: str) -> None:
+    """Run a module of this checkout's Python in a folder; its last words are the error's."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def call(*words: str) -> None:
@@ -151,20 +143,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="cases; none is all")
     baseline = None
-    for name in ["nothing", *(parser.parse_args().cases or [name for name in CASES if name != "nothing"])]:
-        with tempfile.TemporaryDirectory(prefix="memory-") as folder:
-            measured, told = measure(CASES[name], Path(folder))
-        if baseline is None:
-            baseline = measured
-            print(f"baseline {baseline / GIB:.2f} GiB, told {told.framework / GIB:.2f}", flush=True)
-            continue
-        over = (told.total - told.framework) / (measured - baseline)
-        parts = " ".join(f"{part} {size / 2**20:.0f}" for part, size in vars(told).items())
-        print(
-            f"{name:<18} measured {measured / GIB:.2f} GiB, told {told.total / GIB:.2f}: told/measured "
-            f"{told.total / measured:.2f} in all, {over:.2f} over the baseline ({parts} MiB)",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory(prefix="memory-") as top:
+        (Path(top) / "first").mkdir()
+        tokenizer = make_tokenizer(Path(top) / "first")
+        for name in ["nothing", *(parser.parse_args().cases or [name for name in CASES if name != "nothing"])]:
+            folder = Path(top) / name
+            folder.mkdir()
+            measured, told = measure(CASES[name], folder, tokenizer)
+            if baseline is None:
+                baseline = measured
+                print(f"baseline {baseline / GIB:.2f} GiB, told {told.framework / GIB:.2f}", flush=True)
+                continue
+            over = (told.total - told.framework) / (measured - baseline)
+            parts = " ".join(f"{part} {size / 2**20:.0f}" for part, size in vars(told).items())
+            print(
+                f"{name:<18} measured {measured / GIB:.2f} GiB, told {told.total / GIB:.2f}: told/measured "
+                f"{told.total / measured:.2f} in all, {over:.2f} over the baseline ({parts} MiB)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
