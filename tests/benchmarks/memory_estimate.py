@@ -113,24 +113,39 @@ def write_config(case: Case, folder: Path, model: dict[str, Any]) -> Path:
 def call(folder: Path, *words: str) -> None:
     """Run a module of this checkout's Python in a folder; its last words are the error's."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-    def call(*words: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-    write_quickstart_data(folder / "data.json", 1500, 0)
-    write_config(
-        case, folder, {"from_scratch": {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}}
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    call("launcher", "prepare", "run.yaml", "--run-dir", "scratch")
-    make_base(case, folder / "model", folder / "scratch" / "base")
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A folder with the tokenizer that a small run from nothing makes."""
+    write_quickstart_data(folder / "data.json", 600, 0)
+    small = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}
+    write_config(CASES["nothing"], folder, {"from_scratch": small})
+    call(folder, "launcher", "prepare", "run.yaml", "--run-dir", "scratch")
+    return folder / "scratch" / "base"
+
+
+def measure(case: Case, folder: Path, tokenizer: Path) -> tuple[int, Memory]:
+    """Train the case for a few steps.
+
+    Args:
+        case: the case.
+        folder: an empty folder.
+        tokenizer: what `make_tokenizer` returned.
+
+    Returns:
+        Bytes of the largest rank, and what was told of it before.
+    """
+    write_quickstart_data(folder / "data.json", 1000, 0)
+    make_base(case, folder / "model", tokenizer)
     path = write_config(case, folder, {"name_or_path": str(folder / "model")})
-    call("launcher", "prepare", "run.yaml", "--run-dir", "run")
+    call(folder, "launcher", "prepare", "run.yaml", "--run-dir", "run")
     group = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(case.workers)]
-    call(*group, "-m", "trainer.worker", "run.yaml", "--run-dir", "run")
+    call(folder, *group, "-m", "trainer.worker", "run.yaml", "--run-dir", "run")
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     config = load_config(path)
     shape = shape_of(config)
