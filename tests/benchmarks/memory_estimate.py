@@ -46,7 +46,7 @@ class Case:
 
 
 CASES = {
-    "nothing": Case(64, 64, 1, 2, 2, length=64),
+    "nothing": Case(64, 64, 1, 2, 2, length=256),
     "wide": Case(1280, 3584, 3, 20, 20, length=256),
     "deep": Case(384, 1024, 28, 6, 6, length=256, training={"precision": "bf16"}),
     "vocabulary": Case(512, 1408, 4, 8, 8, vocab=32_000, stage=3, training={"precision": "bf16"}),
