@@ -1,9 +1,13 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from trainer import loop
+from trainer.checkpoint import Progress
 from trainer.config import EarlyStopping, TrainingConfig
-from trainer.loop import learning_rate, no_longer_falls, num_steps
+from trainer.loop import StepOutcome, learning_rate, no_longer_falls, num_steps, scaled_step
+from trainer.loss_scale import LossScale
 
 
 def rates(num, **changes):
@@ -44,3 +48,33 @@ def test_early_stopping_counts_validations_since_the_best():
     assert not no_longer_falls([3.0, 3.5, 2.9], config)
     assert not no_longer_falls([3.0] * 9, None)
     assert no_longer_falls([3.0, math.nan, math.nan], config)
+
+
+def test_the_loss_scale_halves_at_once_and_doubles_after_a_thousand_steps():
+    scale = LossScale(4.0, clean_steps=5)
+    for _ in range(3):
+        scale = scale.after_overflow()
+    assert scale == LossScale(1.0, clean_steps=0, num_overflows=3)
+    for _ in range(999):
+        scale = scale.after_step()
+    assert scale == LossScale(1.0, clean_steps=999, num_overflows=3)
+    assert scale.after_step() == LossScale(2.0, clean_steps=0, num_overflows=3)
+
+
+def test_a_step_is_taken_again_until_its_gradient_fits_and_a_loss_that_is_not_finite_is_not(monkeypatch):
+    tried = []
+
+    def step(*_, loss_scale, **__):
+        tried.append(loss_scale and loss_scale.value)
+        overflows = loss_scale is not None and loss_scale.value > 8
+        return StepOutcome(1.0, 0.0, "no" if overflows or refuse else None, [], overflows, False, None)
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    run = SimpleNamespace(engine=None, found=None, guard=None, beat=None)
+    progress, refuse = Progress(0, 0, 0, 0, loss_scale=LossScale(64.0)), False
+    outcome, scale = scaled_step(run, progress, None, 0.1)
+    assert (outcome.refused, scale, tried) == (None, LossScale(8.0, num_overflows=3), [64, 32, 16, 8])
+    refuse = True
+    outcome, scale = scaled_step(run, Progress(0, 0, 0, 0, loss_scale=LossScale(4.0)), None, 0.1)
+    assert (outcome.refused, scale.value, tried[4:]) == ("no", 4, [4])
+    assert scaled_step(run, Progress(0, 0, 0, 0), None, 0.1)[1] is None
