@@ -28,6 +28,7 @@ _PIECE = 5  # characters
 _PERMUTATIONS = 64
 _MARGIN = 0.1  # the index seeks candidates this much below the limit, since it only estimates
 _ERROR = 0.15  # three standard errors of an estimate near 0.8 from 64 permutations
+_MISSES_WEIGH = (0.02, 0.98)  # a candidate too many costs a comparison, a miss is a leak: 99.9% are found at the limit
 _EXAMPLES = 5
 # Where test rows are much alike, so many of those that share a band with a train row are estimated, and so many of the
 # most similar by estimate are compared; one that is similar enough makes a leak.
@@ -170,7 +171,8 @@ class _Index:
     """
 
     def __init__(self, test: Sequence[Sketches], similarity: float) -> None:
-        chosen = MinHashLSH(threshold=max(similarity - _MARGIN, 0.05), num_perm=_PERMUTATIONS)
+        least = max(similarity - _MARGIN, 0.05)
+        chosen = MinHashLSH(threshold=least, num_perm=_PERMUTATIONS, weights=_MISSES_WEIGH)
         self._shape = chosen.b, chosen.r
         self._least = similarity - _ERROR
         self._min_hashes = np.concatenate([chunk.min_hashes for chunk in test])

@@ -87,14 +87,21 @@ def test_ranks_are_disjoint_and_complete_and_counts_are_true(
         assert sorted(seen) == sorted(f"row {row}" for row in range(len(lengths)))
 
 
-def test_a_change_of_ranks_in_the_middle_of_an_epoch_still_sees_every_row_once(tmp_path):
-    split, _ = write(tmp_path, np.random.default_rng(1).integers(1, 17, 100))
-    before = [batches(split, rank=rank, world_size=4, global_batch_size=8) for rank in range(4)]
-    after = [batches(split, rank=rank, world_size=2, global_batch_size=8, micro_batch_size=2) for rank in range(2)]
-    steps = [rank.step(3, n) for n in range(2) for rank in before]
-    steps += [rank.step(3, n) for n in range(2, after[0].steps_per_epoch) for rank in after]
-    seen = [name for step in steps for i in range(len(step.packs)) for name in step.row_ids(i)]
-    assert sorted(seen) == sorted(f"row {row}" for row in range(100))
+@given(
+    lengths=st.lists(st.integers(1, 16), min_size=1, max_size=80),
+    ranks=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2])), min_size=2, max_size=4),
+    epoch=st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=40)
+def test_changes_of_ranks_in_the_middle_of_an_epoch_still_see_every_row_once(tmp_path_factory, lengths, ranks, epoch):
+    split, _ = write(tmp_path_factory.mktemp("split"), lengths)
+    seen = []
+    for number in range(batches(split, global_batch_size=8).steps_per_epoch):
+        world_size, micro_batch_size = ranks[number % len(ranks)]  # resumed with other ranks before each step
+        options = {"world_size": world_size, "micro_batch_size": micro_batch_size, "global_batch_size": 8}
+        steps = [batches(split, rank=rank, **options).step(epoch, number) for rank in range(world_size)]
+        seen += [name for step in steps for i in range(len(step.packs)) for name in step.row_ids(i)]
+    assert sorted(seen) == sorted(f"row {row}" for row in range(len(lengths)))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own_and_come_again(tmp_path):
