@@ -84,7 +84,7 @@ def describe(
     accumulation = training.global_batch_size // (training.num_workers * training.micro_batch_size)
     sources = ", ".join(source.path for source in config.data.all_sources)
     lines = [
-        f"run        {config.run.name} in {run_dir}",
+        f"run        {config.run.name} in {run_dir}" + (f", copied to {config.run.url}" if config.run.url else ""),
         f"base       {config.model.name_or_path or 'a small Llama from scratch'}",
         f"data       {sources}, template {config.data.template}, loss on {config.data.train_on}",
         f"training   {config.tuning.method}, {training.num_workers} {device} workers, ZeRO-{config.deepspeed.stage}, "

@@ -166,8 +166,9 @@ class RunCopy:
                 )
             if state and todo in ("fetch", "replace"):
                 self._fetch(state, say, replace=todo == "replace")
-            elif here:
-                self._pushed = {path: (size, changed) for path, (size, changed) in here["files"].items()}
+            elif state and here:  # only what the copy still lists needs no second writing
+                kept = {path: version for path, version in here["files"].items() if state["files"].get(path)}
+                self._pushed = {path: (size, changed) for path, (size, changed) in kept.items()}
             self._before = state["owner"] if state else None
             self._write_state(state["files"] if state else {})
         self._steps = _sealed(self._run_dir)

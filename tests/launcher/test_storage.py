@@ -118,6 +118,19 @@ def test_the_copy_follows_and_a_push_that_dies_half_way_leaves_it_whole(
     assert again._store.read("data/a") is None
 
 
+def test_a_copy_that_was_lost_is_written_anew(url: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    copy = begun(url, run)
+    fill(run, {"data/a": "1", "data/b": "2"})
+    copy.push()
+    copy._store.fs.rm(copy._store.root, recursive=True)
+    again = begun(url, run)
+    again.push()
+    assert again.problem is None
+    begun(url, tmp_path / "elsewhere")
+    assert content(tmp_path / "elsewhere") == {"data/a": "1", "data/b": "2"}
+
+
 def test_who_is_taken_over_writes_no_more_and_what_it_had_is_set_aside(url: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     thought_dead = begun(url, first)
