@@ -178,26 +178,20 @@ def import_responses(
     rows = _rows_of(path)
     kind = _format_of(rows, path)
     test_path = run_dir / "data" / "test.jsonl"
+    known = {str(row["id"]): row for row in read_rows(test_path)} if test_path.is_file() else None
     if kind == "ours":
-        if not test_path.is_file():
+        if known is None:
             raise EvaluationError(f"{path} has ids and responses, but {test_path} with their prompts is missing")
-        answers = _unique(
-            {_id_of(row, path, number): row.get("response") for number, row in enumerate(rows, 1)}, rows, path
-        )
-        test = {str(row["id"]): row for row in read_rows(test_path)}
+        answers, test = _by_id(rows, path), known
     else:
         imported, answers = _with_ids(rows, kind, references)
-        test = imported
-        if needs_references and not test_path.is_file() and not any(row["reference"] for row in imported.values()):
-            raise EvaluationError(
-                f"{path} holds no reference answers, with which this judge compares; give them with --references FILE "
-                "(AlpacaEval outputs of the same prompts), or take a judge that is a language model"
-            )
-        if test_path.is_file():
-            known = {str(row["id"]): row for row in read_rows(test_path)}
+        if known is not None:
             answers, test = _joined_by_prompt(imported, answers, known, path), known
         else:
+            if needs_references:
+                _refuse_without_references(imported, path)
             write_rows(test_path, imported.values())
+            test = imported
     _refuse_leftovers(set(answers), set(test), path)
     write_rows(
         run_dir / "responses" / f"{model}.jsonl",
@@ -230,11 +224,20 @@ def _id_of(row: Row, path: Path, number: int) -> str:
     return row["id"]
 
 
-def _unique(answers: dict[str, Any], rows: Sequence[Row], path: Path) -> dict[str, Any]:
+def _by_id(rows: Sequence[Row], path: Path) -> dict[str, Any]:
+    answers = {_id_of(row, path, number): row.get("response") for number, row in enumerate(rows, 1)}
     if len(answers) < len(rows):
         twice = [name for name, num in Counter(str(row["id"]) for row in rows).items() if num > 1]
         raise EvaluationError(f"{path}: id {twice[0]!r} stands there twice")
     return answers
+
+
+def _refuse_without_references(imported: dict[str, Row], path: Path) -> None:
+    if not any(row["reference"] for row in imported.values()):
+        raise EvaluationError(
+            f"{path} holds no reference answers, with which this judge compares; give them with --references FILE "
+            "(AlpacaEval outputs of the same prompts), or take a judge that is a language model"
+        )
 
 
 def _with_ids(rows: Sequence[Row], kind: str, references: Path | None) -> tuple[dict[str, Row], dict[str, Any]]:
