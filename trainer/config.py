@@ -375,6 +375,11 @@ class TrainingConfig(Section):
     def _fewer_is_not_more(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
+        if self.optimizer != "adamw" and self.min_workers not in (None, self.num_workers):
+            raise ValueError(
+                f"optimizer {self.optimizer} keeps its moments in a form that fewer workers can't take over: leave "
+                "min_workers out, or use adamw"
+            )
         return self
 
     @model_validator(mode="after")

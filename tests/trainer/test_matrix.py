@@ -29,7 +29,15 @@ METHODS = {
 RATES = {"full": 3e-3, "freeze": 1e-2, "lora": 1e-2, "dora": 1e-2, "qlora": 1e-2, "prompt": 1.0}
 REFUSED = [("qlora", 3), ("dora", 3)]
 # Beside a method, what else changes a cell: "full+fp16" is full tuning in fp16.
-VARIANTS = {"fp16": {"precision": "fp16", "loss_scale_power": 32}, "8bit": {"optimizer": "adamw_8bit"}}
+VARIANTS = {
+    "fp16": {"precision": "fp16", "loss_scale_power": 32},
+    "8bit": {"optimizer": "adamw_8bit"},
+    "stopped": {
+        "early_stopping": {"patience": 2, "min_delta": 100},
+        "validate_every": 1,
+        "profile": {"start": 2, "steps": 1},
+    },
+}
 OF_VARIANTS = [("full+fp16", stage) for stage in (1, 2, 3)] + [("full+8bit", stage) for stage in range(4)]
 OF_VARIANTS += [("qlora+fp16", 2), ("qlora+8bit", 2)]
 ALL = [(method, stage) for method in METHODS for stage in range(4) if (method, stage) not in REFUSED] + OF_VARIANTS
@@ -90,7 +98,7 @@ def train_all(cells, folder, tiny_base, tiny_tokenizer, offloads=MappingProxyTyp
 
 @pytest.fixture(scope="module")
 def quick_cells(tmp_path_factory, tiny_base, tiny_tokenizer):
-    return train_all(QUICK, tmp_path_factory.mktemp("matrix"), tiny_base, tiny_tokenizer)
+    return train_all([*QUICK, ("lora+stopped", 2)], tmp_path_factory.mktemp("matrix"), tiny_base, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ def run_dir_of(request):
     """The run folder of a cell; the cells beyond the quick ones are only trained when a slow test asks."""
 
     def find(method, stage):
-        fixture = "quick_cells" if (method, stage) in QUICK else "other_cells"
+        fixture = "other_cells" if (method, stage) in ALL and (method, stage) not in QUICK else "quick_cells"
         return request.getfixturevalue(fixture) / f"{method}-{stage}"
 
     return find
@@ -147,6 +155,17 @@ def test_in_fp16_a_step_that_overflows_is_taken_again_at_a_lower_scale(run_dir_o
     assert [row["num_overflows"] for row in taken] == [32 - math.log2(scale) for scale in scales]
     assert 0 < taken[0]["num_overflows"] <= taken[-1]["num_overflows"] < 32
     assert json.loads((run_dir / "result.json").read_text())["loss_scale_overflows"] == taken[-1]["num_overflows"]
+
+
+def test_a_loss_that_no_longer_falls_ends_the_run_and_the_asked_step_is_traced_on_every_rank(run_dir_of):
+    run_dir = run_dir_of("lora+stopped", 2)
+    assert (
+        json.loads((run_dir / "result.json").read_text())["steps"] == 2
+    )  # the first validation, and two without a fall
+    assert (run_dir / "checkpoints" / "step-2").is_dir()
+    for rank in (0, 1):
+        events = json.loads((run_dir / "profile" / f"rank-{rank}.json").read_text())["traceEvents"]
+        assert any("all_reduce" in event.get("name", "") for event in events)
 
 
 @pytest.mark.parametrize("variant", ["fp16", "8bit"])
@@ -202,6 +221,7 @@ def test_what_does_not_work_is_refused_with_what_to_use_instead(method, stage):
     [
         ({"precision": "fp16"}, {"stage": 0}, "use stage 1"),
         ({"optimizer": "adamw_8bit"}, {"stage": 2, "offload_optimizer": "cpu"}, "use adamw"),
+        ({"optimizer": "adamw_8bit", "min_workers": 1}, {}, "leave min_workers out"),
     ],
 )
 def test_what_deepspeed_can_not_do_is_refused(training, deepspeed, message):
