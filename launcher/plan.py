@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.config import JudgeConfig, JuryJudge, VllmJudge, key_variables
+from evaluation.config import JudgeConfig, JuryJudge, ModelSource, VllmJudge, key_variables
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.estimate import memory, text
@@ -50,7 +50,7 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     found = [problem for path in config.data.local_paths for problem in _data_problems(path)]
     found += _judge_problems(config) + _storage_problems(config)
     if "generate" in stages:
-        found += _harness_problems(config)
+        found += _harness_problems(config) + _further_model_problems(config)
     found += _head_size_problems(config)
     if config.model.name_or_path is not None:
         found += _model_problems("model.name_or_path", config.model.name_or_path)
@@ -136,6 +136,17 @@ def _model_problems(key: str, name: str) -> list[str]:
             f"[c.from_pretrained('{name}').save_pretrained('{name}-safetensors') for c in (M, T)]\""
         ]
     return [f"{key} = {name}: has no weights (*.safetensors)"]
+
+
+def _further_model_problems(config: RunConfig) -> list[str]:
+    """What would end generation, hours later, on a model that is no part of training."""
+    problems = []
+    for name, model in config.generation.models.items():
+        if isinstance(model, ModelSource):
+            problems += _model_problems(f"generation.models.{name}.path", model.path)
+            if model.adapter is not None and not (Path(model.adapter) / "adapter_config.json").is_file():
+                problems.append(f"generation.models.{name}.adapter = {model.adapter}: has no adapter_config.json")
+    return problems
 
 
 def _storage_problems(config: RunConfig) -> list[str]:

@@ -71,6 +71,22 @@ def test_a_judge_without_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     plan.check(make(tmp_path, judge=judge))
 
 
+def test_a_further_model_that_is_not_there_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    endpoint = {"type": "api", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "MY_KEY"}
+    models = {
+        "one": str(tmp_path / "one"),
+        "two": {"path": "owner/two", "adapter": str(tmp_path / "two")},
+        "three": endpoint,
+    }
+    found = problem(make(tmp_path, generation={"models": models}))
+    assert f"generation.models.one.path = {tmp_path}/one: no such folder" in found
+    assert f"generation.models.two.adapter = {tmp_path}/two: has no adapter_config.json" in found
+    assert "generation.models.three.api_key_env = MY_KEY: that environment variable is not set" in found
+
+
 def test_more_workers_than_processors(tmp_path: Path) -> None:
     config = make(tmp_path, training={"num_workers": 8, "threads_per_worker": 2}, cluster={"device": "cpu"})
     with pytest.raises(ConfigError, match=r"training.num_workers = 8 needs 16 CPUs; there are 4"):
