@@ -1,6 +1,7 @@
 """The data stage beside TRL's, in one run on the same rows: packing, and rendering + tokenizing + masking.
 
-    python tests/benchmarks/data_speed.py --data FILE.json [--rows 20000] [--packing-rows 100000] [--json OUT.json]
+    python tests/benchmarks/data_speed.py --data FILE.json [--rows 20000] [--packing-rows 100000]
+        [--prepare-rows 40000] [--json OUT.json]
 
 FILE is an Alpaca file; its rows are repeated, each time with another number in front, until there are enough. Every
 measurement runs in a process of its own, so that peak memory is its own too. The tokenizer is a byte-level BPE of 8,192
@@ -17,12 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 SEQUENCE_LENGTH = 2048
+MICRO_BATCH_SIZE = 8
 
 
 def lognormal_lengths(num_rows: int) -> np.ndarray:
@@ -52,7 +55,7 @@ def pack_and_build_ours(lengths: np.ndarray, folder: Path) -> dict[str, Any]:
     before, cpu, start = _memory(), time.process_time(), time.perf_counter()
     writer.finish(sequence_length=SEQUENCE_LENGTH, packing=True, pad_token_id=0, seed=0)
     split = PackedSplit.open(folder)
-    order = Batches(split, seed=0, global_batch_size=64, micro_batch_size=8, rank=0, world_size=1)
+    order = Batches(split, seed=0, global_batch_size=64, micro_batch_size=MICRO_BATCH_SIZE, rank=0, world_size=1)
     num_tokens = 0
     for number in range(order.steps_per_epoch):
         for batch in order.step(0, number).micro_batches:
@@ -62,16 +65,38 @@ def pack_and_build_ours(lengths: np.ndarray, folder: Path) -> dict[str, Any]:
 
 
 def pack_trl(lengths: np.ndarray, _: Path) -> dict[str, Any]:
-    """TRL's pack_dataset with its best strategy."""
-    from datasets import Dataset, disable_progress_bars
+    """TRL's pack_dataset with its best strategy: rows of a table, no tensors yet."""
     from trl import pack_dataset
 
-    disable_progress_bars()
-    dataset = Dataset.from_dict({"input_ids": [[1] * length for length in lengths.tolist()]})
+    dataset = _table(lengths, "input_ids")
     before, cpu, start = _memory(), time.process_time(), time.perf_counter()
     packed = pack_dataset(dataset, SEQUENCE_LENGTH, "bfd")
     seconds = time.perf_counter() - start
     return _packed(seconds, time.process_time() - cpu, before, len(packed), lengths)
+
+
+def pack_and_build_trl(lengths: np.ndarray, _: Path) -> dict[str, Any]:
+    """The same, and the tensors of all packs (ids, labels, positions) by the collator of TRL's trainer."""
+    from trl import pack_dataset
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    dataset = _table(lengths, "input_ids", "labels")
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, return_position_ids=True)
+    before, cpu, start = _memory(), time.process_time(), time.perf_counter()
+    packed = pack_dataset(dataset, SEQUENCE_LENGTH, "bfd")
+    num_tokens = 0
+    for at in range(0, len(packed), MICRO_BATCH_SIZE):
+        batch = collate([packed[row] for row in range(at, min(at + MICRO_BATCH_SIZE, len(packed)))])
+        num_tokens += batch["input_ids"].numel()
+    seconds = time.perf_counter() - start
+    return _packed(seconds, time.process_time() - cpu, before, len(packed), lengths)
+
+
+def _table(lengths: np.ndarray, *columns: str) -> Any:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    return Dataset.from_dict({column: [[1] * length for length in lengths.tolist()] for column in columns})
 
 
 def _packed(seconds: float, cpu: float, before: int, num_packs: int, lengths: np.ndarray) -> dict[str, Any]:
@@ -130,7 +155,7 @@ def audit_ours(rows: Path, folder: Path) -> dict[str, Any]:
     return tokenize_ours(rows, folder, audit=True)
 
 
-def prepare_ours(rows: Path, folder: Path) -> dict[str, Any]:
+def prepare_ours(rows: Path, folder: Path, num_processes: int = 1) -> dict[str, Any]:
     """The whole stage: read, check, split, compare for leaks, render, tokenize, mask, audit, pack, write."""
     from transformers import AutoTokenizer
 
@@ -147,6 +172,7 @@ def prepare_ours(rows: Path, folder: Path) -> dict[str, Any]:
                 "template": "chatml",
                 "sequence_length": SEQUENCE_LENGTH,
                 "split": {"train": 0.98, "validation": 0.01, "test": 0.01},
+                "num_processes": num_processes,
             },
         }
     )
@@ -166,6 +192,11 @@ def prepare_ours(rows: Path, folder: Path) -> dict[str, Any]:
         "memory_mib": memory,
         "second_time_s": again,
     }
+
+
+def prepare_ours_by_2(rows: Path, folder: Path) -> dict[str, Any]:
+    """The whole stage in two processes; cpu_s is the first one's alone."""
+    return prepare_ours(rows, folder, num_processes=2)
 
 
 def tokenize_trl(rows: Path, folder: Path) -> dict[str, Any]:
@@ -223,8 +254,8 @@ def _train_tokenizer(rows: list[dict[str, str]], folder: Path) -> None:
 
 def _alone(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """Run a measurement in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(function, *arguments).result()
     shown = "  ".join(f"{name} {value:,.4g}" for name, value in found.items())
     sys.stdout.write(f"{function.__name__:22} {shown}\n")
     sys.stdout.flush()
@@ -236,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--prepare-rows", type=int, default=40_000)
     parser.add_argument("--packing-rows", type=int, default=100_000)
     parser.add_argument("--without-trl", action="store_true", help="measure ours alone")
     parser.add_argument("--json", type=Path)
@@ -245,18 +277,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), Path(name) / "tokenizer"
         _train_tokenizer(rows, tokenizer)
-        packers = [pack_ours, pack_and_build_ours] + ([] if options.without_trl else [pack_trl])
+        packers = [pack_ours, pack_and_build_ours]
+        packers += [] if options.without_trl else [pack_trl, pack_and_build_trl]
         for what, lengths in (
             ("lognormal", lognormal_lengths(options.packing_rows)),
             (options.data.name, real_lengths(rows, tokenizer)),
         ):
             sys.stdout.write(f"\npacking {lengths.size:,} rows, lengths {what}, capacity {SEQUENCE_LENGTH}\n")
             results[f"packing {what}"] = {f.__name__: _alone(f, lengths, folder / "split") for f in packers}
-        alpaca, collected = _write_rows(rows, options.rows, folder)
+        _, collected = _write_rows(rows, options.rows, folder)
         sys.stdout.write(f"\nrender + tokenize + mask {options.rows:,} rows\n")
-        work = [(tokenize_ours, collected), (audit_ours, collected), (prepare_ours, alpaca)]
-        work += [] if options.without_trl else [(tokenize_trl, collected)]
-        results["tokenizing"] = {f.__name__: _alone(f, source, tokenizer) for f, source in work}
+        work = [tokenize_ours, audit_ours] + ([] if options.without_trl else [tokenize_trl])
+        results["tokenizing"] = {f.__name__: _alone(f, collected, tokenizer) for f in work}
+        alpaca, _ = _write_rows(rows, options.prepare_rows, folder)
+        sys.stdout.write(f"\nthe whole stage, {options.prepare_rows:,} rows\n")
+        results["prepare"] = {f.__name__: _alone(f, alpaca, tokenizer) for f in (prepare_ours, prepare_ours_by_2)}
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
