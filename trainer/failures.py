@@ -200,6 +200,7 @@ class Watchdog:
         self._last_beat = time.monotonic()
         self._folder.mkdir(exist_ok=True)
         self._stacks = self._locked.open("w", encoding="utf-8")  # by the time it is needed, none can be opened
+        self._wind_up()
         self._thread.start()
         return self
 
@@ -214,12 +215,16 @@ class Watchdog:
     def _watch(self) -> None:
         last_look = time.monotonic()
         while not self._done.wait(min(1.0, self._timeout_s / 10)):
-            faulthandler.dump_traceback_later(self._timeout_s + _GRACE_S, exit=True, file=self._stacks)
+            self._wind_up()
             now = time.monotonic()
             if is_overdue(now, self._last_beat, last_look, self._timeout_s):
                 self._give_up(now - min(self._last_beat, last_look))
             last_look = now
         faulthandler.cancel_dump_traceback_later()
+
+    def _wind_up(self) -> None:
+        """The timer rings behind this thread, which tells more, and before another rank's end takes this one along."""
+        faulthandler.dump_traceback_later(self._timeout_s + _GRACE_S / 2, exit=True, file=self._stacks)
 
     def _give_up(self, still_s: float) -> None:
         host = socket.gethostname()
