@@ -339,7 +339,10 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
         f"train: {train['target_tokens']:,} of {train['tokens']:,} tokens are targets, "
         + (f"{train['utilisation']:.1%} of {train['packs']:,} packs is filled" if packed else "not packed"),
     ]
-    lines += [f"dropped, {reason}: {count:,} rows" for reason, count in counts["dropped"].items()]
+    listed = {"bad row": " (data/rejected.jsonl)"}
+    lines += [
+        f"dropped, {reason}: {count:,} rows{listed.get(reason, '')}" for reason, count in counts["dropped"].items()
+    ]
     if (longest := counts["longest_row_tokens"]) > (length := counts["sequence_length"]):
         lines.append(f"the longest row has {longest:,} tokens, data.sequence_length is {length:,}")
     lines += [f"cut, {reason}: {count:,} rows" for reason, count in counts["truncated"].items()]

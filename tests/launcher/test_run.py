@@ -19,7 +19,7 @@ def counts(**more: Any) -> dict[str, Any]:
 def test_nothing_is_left_out_in_silence() -> None:
     told = told_of(
         counts(
-            dropped={"overlong": 3},
+            dropped={"overlong": 3, "bad row": 2},
             truncated={"response": 2},
             noticed={"odd": 1},
             longest_row_tokens=3000,
@@ -27,15 +27,16 @@ def test_nothing_is_left_out_in_silence() -> None:
         ),
         "warn",
     )
-    assert told[:6] == [
+    assert told[:7] == [
         "1,200 train, 60 validation, 140 test rows, read as alpaca",
         "train: 8,000 of 64,000 tokens are targets, 96.2% of 130 packs is filled",
         "dropped, overlong: 3 rows",
+        "dropped, bad row: 2 rows (data/rejected.jsonl)",
         "the longest row has 3,000 tokens, data.sequence_length is 512",
         "cut, response: 2 rows",
         "kept, odd: 1 rows",
     ]
-    assert told[6].startswith(
+    assert told[7].startswith(
         "leaks: train rows that ask a test row's question: 4, near duplicates of a test row: 1; they stay in training"
     )
 
