@@ -26,6 +26,7 @@ from trainer.data.spread import ChunkMap, chunked
 
 _PIECE = 5  # characters
 _PERMUTATIONS = 64
+_PIECES_AT_ONCE = 10_000
 _MARGIN = 0.1  # the index seeks candidates this much below the limit, since it only estimates
 _ERROR = 0.15  # three standard errors of an estimate near 0.8 from 64 permutations
 _MISSES_WEIGH = (0.02, 0.98)  # a candidate too many costs a comparison, a miss is a leak: 99.9% are found at the limit
@@ -251,7 +252,8 @@ def _empty_sketch() -> MinHash:
 
 def _min_hash(pieces: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     sketch = _empty_sketch().copy()
-    sketch.update_batch(pieces.tolist())
+    for start in range(0, pieces.size, _PIECES_AT_ONCE):  # each takes a kilobyte while it is hashed
+        sketch.update_batch(pieces[start : start + _PIECES_AT_ONCE].tolist())
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 CHUNK_ROWS = 500
+_CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # a process has so many chunks waiting, so that memory stays flat
 
 Chunk = TypeVar("Chunk")
@@ -28,8 +29,16 @@ class ChunkMap(Protocol):
 
 
 def chunked(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Cut lines into chunks."""
-    while chunk := list(islice(lines, CHUNK_ROWS)):
+    """Cut lines into chunks of some hundred, or of fewer where lines are long."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line)
+        if len(chunk) == CHUNK_ROWS or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 
