@@ -446,7 +446,7 @@ def test_data_that_cannot_be_used(tmp_path, base, change, words):
             "513, model.from_scratch.max_position_embeddings only 512",
         ),
         ({"from_scratch": SCRATCH}, {"template": "chat"}, "no chat template of its own"),
-        ({"name_or_path": "/nowhere/at/all"}, {}, "no tokenizer could be loaded from /nowhere/at/all"),
+        ({"name_or_path": "/nowhere/at/all"}, {}, "model.name_or_path: there is no folder /nowhere/at/all"),
         (None, {"sources": [{"path": "nothing.json"}]}, "there is no file or folder nothing.json"),
         (None, {"sequence_length": 16}, "every train row was left out"),
         (None, {"split": {"type": "column"}}, "split: is missing"),

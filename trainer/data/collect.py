@@ -153,10 +153,15 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
                 rejected.check()
                 raise TrainerError(f"data: {source.path} has no row that can be used")
     rejected.check()
-    collected = Collected(
-        path, np.array(starts), np.array(of_source), np.array(splits), np.array(categories), tuple(formats)
+    collected = Collected(  # views of the arrays, not copies
+        path,
+        np.frombuffer(starts, np.int64),
+        np.frombuffer(of_source, np.int32),
+        np.frombuffer(splits, np.int8),
+        np.frombuffer(categories, np.int32),
+        tuple(formats),
     )
-    _check_ids(collected, np.array(ids))
+    _check_ids(collected, np.frombuffer(ids, np.int64))
     return _choose(collected, [source for source, _ in sources], seed)
 
 
@@ -211,14 +216,17 @@ def _dumped(line: Line) -> bytes:
 
 
 def _check_ids(collected: Collected, hashes: npt.NDArray[np.int64]) -> None:
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(np.diff(hashes[order]) == 0)
-    for first in same.tolist():
-        one, other = (parse_line(line) for line in collected.lines(order[first : first + 2]))
-        if one.conversation.id == other.conversation.id:
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not repeated.size:
+        return
+    seen: dict[str, Line] = {}
+    for line in map(parse_line, collected.lines(np.flatnonzero(np.isin(hashes, repeated)))):
+        first = seen.setdefault(line.conversation.id, line)
+        if first is not line:
             raise TrainerError(
-                f"two rows have the id {one.conversation.id!r}: {one.file}, row {one.row}, and {other.file}, row "
-                f"{other.row}; make ids unique, or rename the field so that ids are made from file and row number"
+                f"two rows have the id {line.conversation.id!r}: {first.file}, row {first.row}, and {line.file}, row "
+                f"{line.row}; make ids unique, or rename the field so that ids are made from file and row number"
             )
 
 

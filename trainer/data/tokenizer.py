@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import ModelConfig
+from trainer.data.sources import is_hub_id
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
 from trainer.hub import tokenizer_folder
@@ -33,6 +34,8 @@ def load_tokenizer(model: ModelConfig, template: TemplateName) -> PreTrainedToke
 
     place = Path(model.name_or_path or "")
     if not place.is_dir():
+        if not is_hub_id(str(place)):
+            raise TrainerError(f"model.name_or_path: there is no folder {place}")
         place = tokenizer_folder(str(model.name_or_path), model.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
