@@ -14,12 +14,13 @@ import torch
 
 from launcher.errors import LauncherError, Preempted
 from launcher.ray_training import train_on_ray
+from tests.trainer import resumed_runs
 from tests.trainer.conftest import tiny_base, tiny_tokenizer  # noqa: F401 - fixtures
 from tests.trainer.resumed_runs import losses, rows, set_options, tensors, write_run
 from trainer.config import load_trainer_config
 from trainer.stopping import request_stop
 
-STEPS = 200
+STEPS = 150
 
 
 def reached(run_dir: Path) -> int:
@@ -46,6 +47,18 @@ def killer(run_dir: Path, *at_steps: int, number: int = signal.SIGKILL) -> Calla
     return tick
 
 
+def asker(run_dir: Path, at_step: int) -> Callable[[], None]:
+    """Asks the run to stop, once, when a step is reached."""
+    waiting = [at_step]
+
+    def tick() -> None:
+        if waiting and reached(run_dir) >= waiting[0]:
+            request_stop(run_dir)
+            waiting.pop()
+
+    return tick
+
+
 def train(run_dir: Path, tick: Callable[[], None] = lambda: None) -> tuple[dict[str, object], list[str]]:
     told: list[str] = []
     config = load_trainer_config(run_dir / "config.yaml")
@@ -68,10 +81,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, local_ray: object) -> Path:  # noqa: F811
-    """A run on two workers that nothing happened to."""
+    """A run on two workers that nothing happened to, started by torchrun."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     write_run(run_dir, tiny_base, max_steps=STEPS, num_epochs=100, checkpoint_every=20, validate_every=50)
-    train(run_dir)
+    done = resumed_runs.train(run_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
     return run_dir
 
 
@@ -100,7 +114,7 @@ def test_a_worker_that_hangs_is_replaced_and_the_stacks_are_saved(whole: Path, t
 def test_restarts_are_bounded(whole: Path, tmp_path: Path) -> None:
     run_dir = fresh_copy(whole, tmp_path / "run", max_failures=1)
     with pytest.raises(LauncherError, match=r"attempts: 2, training\.max_failures = 1"):
-        train(run_dir, killer(run_dir, 30, 130))
+        train(run_dir, killer(run_dir, 30, 90))
     _, told = train(run_dir)  # the same command again
     assert told == []
     assert_same_run(run_dir, whole)
@@ -117,7 +131,7 @@ def test_two_attempts_without_a_checkpoint_end_it(whole: Path, tmp_path: Path) -
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(whole: Path, tmp_path: Path) -> None:
     run_dir = fresh_copy(whole, tmp_path / "run", checkpoint_every=1000)
     with pytest.raises(Preempted, match="asked to stop, and saved after step"):
-        train(run_dir, lambda: request_stop(run_dir) if reached(run_dir) >= 30 else None)
+        train(run_dir, asker(run_dir, 30))
     assert Preempted.code == 75
     train(run_dir)
     assert_same_run(run_dir, whole)

@@ -10,6 +10,7 @@ refusals of fp16 (see exactness_worker.py).
 
 import ctypes
 import json
+import math
 import os
 import signal
 import sys
@@ -51,11 +52,21 @@ def main():
         build_engine = worker.build_engine
         worker.build_engine = lambda config, found: poison(build_engine(config, found), kind)
 
+    told, happened = [], []
+
     def on_step(row):
-        here = dist.get_rank() == what["rank"] and (row["kind"], row["step"]) == ("train", what.get("step"))
-        if here and kind == "lock":
+        if row["kind"] != "train":
+            return
+        if not told and dist.get_rank() == 0:
+            with (run_dir / "starts.txt").open("a") as file:
+                print(row["step"] - 1, file=file)
+        told.append(row["step"])
+        if dist.get_rank() != what["rank"] or happened or row["step"] < what.get("step", math.inf):
+            return
+        happened.append(row["step"])
+        if kind == "lock":
             ctypes.PyDLL(None).sleep(600)
-        if here and kind.startswith("SIG"):
+        if kind.startswith("SIG"):
             threading.Timer(what["delay_s"], os.kill, (os.getpid(), getattr(signal, kind))).start()
 
     if os.environ.get("RANK", "0") == "0":

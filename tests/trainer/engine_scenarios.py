@@ -18,9 +18,11 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -208,10 +210,13 @@ def saved_and_restored(run_dir: Path, stage: int, precision: str) -> dict[str, A
     """A run that goes on after a save, and a fresh engine that goes on from what was saved."""
     engine = make_engine(stage, precision, seed=1)
     train(engine, 0, 3)
-    saver = begin_save(engine, Progress(3, 0, 3, 120), run_dir, keep=2)
-    at_save = full_state(engine)
-    losses = train(engine, 3, 6)  # while the checkpoint is being written
-    saver.finish()
+    go, write = threading.Event(), sealed.write_tensors
+    with mock.patch.object(sealed, "write_tensors", lambda *arguments: go.wait() and write(*arguments)):
+        saver = begin_save(engine, Progress(3, 0, 3, 120), run_dir, keep=2)
+        at_save = full_state(engine)
+        losses = train(engine, 3, 6)  # before a byte is written
+        go.set()
+        saver.finish()
     after = full_state(engine)
     again = make_engine(stage, precision, seed=2)
     progress = checkpoint.restore(again, run_dir)

@@ -94,6 +94,11 @@ def losses(run_dir: Path):
     return [(row["kind"], row["step"], row.get("loss")) for row in found if row["kind"] != "checkpoint"]
 
 
+def starts(run_dir: Path):
+    """At which step each start of the run began."""
+    return [int(line) for line in (run_dir / "starts.txt").read_text().split()]
+
+
 def tensors(run_dir: Path, step: int):
     """Every tensor of a checkpoint, generators too, by file and name."""
     found = {}
