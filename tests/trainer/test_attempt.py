@@ -52,9 +52,7 @@ def until(reached: int, run_dir: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_an_attempt_that_wakes_up_beside_its_successor_writes_nothing(tmp_path: Path, tiny_base: Path) -> None:
-    run_dir = write_run(
-        tmp_path / "run", tiny_base, num_workers=1, max_steps=300, num_epochs=100, checkpoint_every=5
-    )
+    run_dir = write_run(tmp_path / "run", tiny_base, num_workers=1, max_steps=300, num_epochs=100, checkpoint_every=5)
     command = [sys.executable, "-m", "trainer.worker", str(run_dir / "config.yaml"), "--run-dir", str(run_dir)]
 
     def start() -> subprocess.Popen[str]:
