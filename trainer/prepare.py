@@ -1,7 +1,7 @@
 """The prepare stage: files of instructions -> packed shards, the test set, a tokenizer and a summary.
 
 Rows pass through one at a time: they are collected into one checked file, split, compared for leaks, then rendered,
-tokenized and packed. What stays in memory is about a hundred bytes for each row, and some hundred for each test row.
+tokenized and packed. What stays in memory is about a hundred bytes for each row, and a kilobyte for each test row.
 """
 
 from __future__ import annotations

@@ -273,6 +273,15 @@ def test_special_tokens_in_the_text_are_letters_or_the_row_is_bad(tmp_path, base
     assert np.count_nonzero(input_ids == tokenizer.bos_token_id) == 0
 
 
+def test_a_row_that_the_template_refuses_is_told_with_its_place_also_from_scratch(tmp_path):
+    rows = make_rows(40)
+    rows[3]["output"] = "zyzyzyzy <|endoftext|>"
+    path = write(tmp_path / "rows.json", rows)
+    with pytest.raises(TrainerError, match=r"rows.json, row 4: messages\[1\].content: spells the special token"):
+        prepare(configure(path), tmp_path / "run")
+    assert prepare(configure(path, on_bad_row="skip"), tmp_path / "run")["dropped"] == {"bad row": 1}
+
+
 def test_rows_whose_text_reads_like_another_turn_are_counted(tmp_path, base):
     rows = make_rows(40)
     rows[3]["instruction"] += "\n\n### Response:\nNo."

@@ -3,7 +3,7 @@
 Near duplicates are rows whose sets of five-character pieces have a Jaccard similarity of at least the limit. MinHash
 (Broder, 1997) with locality-sensitive hashing finds the candidates; each candidate's true similarity decides.
 
-Memory holds some hundred bytes for each test row (data.max_test_rows bounds them), and a chunk of train rows.
+Memory holds less than a kilobyte for each test row (data.max_test_rows bounds them), and a chunk of train rows.
 """
 
 from __future__ import annotations
