@@ -185,8 +185,15 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
     num_blocks = min(spec.engines * math.ceil(len(requests) / _ROWS_PER_BLOCK / spec.engines), len(requests))
     processor = _processor(spec, len(requests), num_blocks)
     rows = [
-        {"key": r.key, "token_ids": list(r.token_ids), "sampling": r.sampling, "model": r.adapter or spec.model}
-        for r in requests
+        {
+            processor.DATA_COLUMN: {
+                "key": request.key,
+                "tokenized_prompt": list(request.token_ids),
+                "sampling_params": request.sampling,
+                "model": request.adapter or spec.model,
+            }
+        }
+        for request in requests
     ]
     data = processor(ray.data.from_items(rows, override_num_blocks=num_blocks))
     data.context.enable_progress_bars = False
@@ -196,9 +203,11 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
     started = time.time()
     try:
         for row in data.iter_rows():
-            yield _completion(row)
+            yield _completion(row[processor.DATA_COLUMN])
     except ray.exceptions.RayError as error:
         words = _last_words(started) or f"{type(error).__name__}; Ray's log files have more"
+        if isinstance(error, ray.exceptions.GetTimeoutError):
+            words = f"not all {spec.engines} were up after {_ENGINE_START_S} s; other work may hold their place"
         raise EvaluationError(
             f"the vLLM engines for {spec.model} failed, {_MAX_RESTARTS} restarts included: {words}. "
             "What was finished is kept; mend the cause and run the stage again to go on"
@@ -206,24 +215,10 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
 
 
 def _processor(spec: EngineSpec, num_rows: int, num_blocks: int) -> Processor:
-    """Build Ray Data's pipeline around the engines."""
-    # The two functions run in processes of their own. No CPU: the engines may hold all of them. One at a time: else Ray
-    # starts a process for each batch. As lambdas they are sent by value, so those processes import nothing of ours.
-    light = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)}
-    processor = build_processor(
-        _processor_config(spec, num_rows, num_blocks),
-        preprocess=lambda row: {"tokenized_prompt": list(row["token_ids"]), "sampling_params": row["sampling"]},
-        preprocess_map_kwargs=light,
-        postprocess=lambda row: {
-            "key": row["key"],
-            "serial": row["request_id"],
-            "text": row["generated_text"],
-            "token_ids": list(row["generated_tokens"]),
-            "logprob_ids": [list(token) for token in row["logprobs"] or ()],
-            "logprobs": [[entry["logprob"] for entry in token.values()] for token in row["logprobs"] or ()],
-        },
-        postprocess_map_kwargs=light,
-    )
+    """Build Ray Data's pipeline: the engines alone."""
+    processor = build_processor(_processor_config(spec, num_rows, num_blocks))
+    # These would be stages of their own, whose processes take CPUs from the engines and let the rows trickle.
+    processor.preprocess = processor.postprocess = None
     stage = processor.get_stage_by_name("vLLMEngineStage")
     stage.map_batches_kwargs.update(max_restarts=_MAX_RESTARTS, max_task_retries=_MAX_RESTARTS)
     return processor
@@ -327,12 +322,11 @@ def _processor_config(spec: EngineSpec, num_rows: int, num_blocks: int) -> vLLME
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-    cause = row.get("__inference_error__") or None
+    cause = row["__inference_error__"] or None
     if cause is not None:
         return Completion(row["key"], None, (), cause)
     logprobs = tuple(
-        dict(zip(map(int, ids), map(float, values), strict=True))
-        for ids, values in zip(row["logprob_ids"], row["logprobs"], strict=True)
+        {int(token): float(entry["logprob"]) for token, entry in of_token.items()} for of_token in row["logprobs"] or ()
     )
-    tokens = tuple(int(token) for token in row["token_ids"])
-    return Completion(row["key"], row["text"], tokens, serial=int(row["serial"]), logprobs=logprobs)
+    tokens = tuple(int(token) for token in row["generated_tokens"])
+    return Completion(row["key"], row["generated_text"], tokens, serial=int(row["request_id"]), logprobs=logprobs)
