@@ -10,9 +10,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
+
+from trainer.errors import TrainerError
 
 CHUNK_ROWS = 500
 _CHUNK_BYTES = 8 << 20
@@ -67,6 +70,9 @@ class LocalMap:
 
         Yields:
             The outcomes, in the order of the chunks.
+
+        Raises:
+            TrainerError: a process was killed.
         """
         first = list(islice(chunks, 2))
         if self._num_processes == 1 or len(first) == 1:
@@ -77,12 +83,18 @@ class LocalMap:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._num_processes, context, initializer=one_thread)
         waiting: deque[Future[Chunk]] = deque()
-        for chunk in chain(first, chunks):
-            waiting.append(self._pool.submit(function, chunk))
-            if len(waiting) > self._num_processes * _CHUNKS_AHEAD:
+        try:
+            for chunk in chain(first, chunks):
+                waiting.append(self._pool.submit(function, chunk))
+                if len(waiting) > self._num_processes * _CHUNKS_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise TrainerError(
+                f"one of {self._num_processes} processes that tokenize was killed, most likely for want of memory: set "
+                "data.num_processes lower"
+            ) from error
 
 
 def one_thread() -> None:
