@@ -140,7 +140,7 @@ def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: Chu
     with LocalMap(_num_processes(data, collected.num_rows)) as on_this_machine:
         preparation = _Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
         splits, leaks = preparation.split()
-        tokenizer = base_tokenizer or preparation.learn_tokenizer(splits["train"])
+        tokenizer = preparation.learn_tokenizer(splits["train"]) if base_tokenizer is None else base_tokenizer
         tokenizer.save_pretrained(folder / "tokenizer")
         summary = preparation.write(splits, tokenizer)
     collected.path.unlink()
