@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.config import RunConfig
 from launcher.estimate.failures import NODE_MTBF_S, best_interval_s, share_lost
-from launcher.estimate.memory import host_of, in_gib, memory_of, parts_of
+from launcher.estimate.memory import CPU_RANGE, host_of, in_gib, memory_of, parts_of
 from launcher.estimate.shapes import Shape, shape_of, trained_weights
 from launcher.estimate.traffic import Traffic, traffic_of
 from launcher.run_directory import read_json
@@ -44,6 +44,11 @@ def describe(
         lines += [
             f"weights    {shape.num_weights:,}, of which {trained_weights(config, shape):,} are trained",
             f"memory     {in_gib(memory.total)} for each rank: {parts_of(memory)}",
+            *(
+                []
+                if on_gpu
+                else [f"           on CPUs, runs took {CPU_RANGE[0]} to {CPU_RANGE[1]} times what was told"]
+            ),
             f"disk       {in_gib(traffic.checkpoint)} each checkpoint, up to {config.training.keep_checkpoints + 2} at "
             f"a time; {in_gib(traffic.export)} the exported model",
             *_copies(config, traffic),
