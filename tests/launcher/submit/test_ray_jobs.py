@@ -123,10 +123,15 @@ class RayCluster:
         while sum(node.poll() is None for node in self.nodes[1:]) < 3:
             self.start_node()
 
-    def kill_raylet(self, of: str) -> None:
-        """Kill the raylet of a node where such a process runs."""
-        victim = next(node for node in self.nodes[1:] if _runs(node.pid, of))
-        next(process for process in _family(victim.pid) if process.name() == "raylet").kill()
+    def kill_raylet(self, of: str) -> bool:
+        """Kill the raylet of a node where such a process runs, if there is one."""
+        for node in self.nodes[1:]:
+            for process in _family(node.pid) if _runs(node.pid, of) else []:
+                with suppress(psutil.NoSuchProcess):
+                    if process.name() == "raylet":
+                        process.kill()
+                        return True
+        return False
 
     def busy(self, of: str) -> bool:
         """Whether such a process runs on any node but the head."""
@@ -197,7 +202,7 @@ def test_a_job_outlives_a_node_and_ends_with_its_report(
         return launcher("logs", run, *place, cwd=submitting, **known).stdout
 
     until(lambda: len(train_rows(run)) > 40, 120, output)
-    ray_nodes.kill_raylet("RayTrainWorker")
+    assert ray_nodes.kill_raylet("RayTrainWorker")
     followed = launcher("logs", run, *place, "--follow", cwd=submitting, timeout=450, **known)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert "the workers failed and are started again" in followed.stdout
@@ -207,7 +212,11 @@ def test_a_job_outlives_a_node_and_ends_with_its_report(
 
 
 def _runs(pid: int, what: str) -> bool:
-    return any(what in " ".join(process.cmdline()) for process in _family(pid))
+    for process in _family(pid):
+        with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            if what in " ".join(process.cmdline()):
+                return True
+    return False
 
 
 @pytest.mark.slow
@@ -234,8 +243,7 @@ def test_two_runs_of_a_sweep_side_by_side_do_not_disturb_each_other_and_outlive_
 
     members = [sweep / f"{n}-checkpoint_every-{n}000" for n in (1, 2)]
     until(lambda: all(train_rows(member) for member in members), 200, output)
-    until(lambda: ray_nodes.busy("vLLM"), 200, output)
-    ray_nodes.kill_raylet("vLLM")
+    until(lambda: ray_nodes.kill_raylet("vLLM"), 200, output)
 
     followed = launcher("logs", sweep, *place, "--follow", cwd=submitting, timeout=500, **known)
     assert followed.returncode == 0, output()
@@ -270,7 +278,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
             stderr=output,
         )
     until(lambda: len(train_rows(submitting / "small")) > 30, 120, log.read_text)
-    ray_nodes.kill_raylet("RayTrainWorker")
+    assert ray_nodes.kill_raylet("RayTrainWorker")
     assert run.wait(200) == 0, log.read_text()
     assert "the cluster has room for 2 workers: training goes on with 2 (training.min_workers)" in log.read_text()
     assert [row["step"] for row in train_rows(submitting / "small")] == list(range(1, 201))
