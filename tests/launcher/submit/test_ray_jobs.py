@@ -299,22 +299,16 @@ def test_cancel_lets_the_job_save_and_leaves_the_cluster(
     until(lambda: len(train_rows(run)) > 5, 120, lambda: launcher("logs", run, *place, cwd=submitting, **known).stdout)
 
     # Meanwhile another asks for what is held, and another for nodes that are not there.
-    beside = [
-        "run",
-        config,
-        "--set",
-        f"cluster.address={ray_nodes.gcs}",
-        "--set",
-        "cluster.wait_s=1",
-        "--from",
-        "train",
-    ]
+    beside: list[str | Path] = ["run", config, "--from", "train", "--set", "cluster.wait_s=1"]
+    beside += ["--set", f"cluster.address={ray_nodes.gcs}"]
+    beside += ["--set", f"data.path={json.dumps(str(submitting / 'data.json'))}"]  # as the job was given it
+    left_out = shutil.ignore_patterns("checkpoints", "metrics.jsonl", "attempt-*")
     for setting, said in {
         "training.num_workers=2": r"needs 2 CPUs; there are 1; .*\n.*waited 1 s.*\n.*CPU 3 \(1 free\).*groups: .*CPU",
         "cluster.num_nodes=9": r"cluster.num_nodes: 9 nodes are asked, 4 have joined",
     }.items():
         other = ["--run-dir", submitting / "other", "--set", setting]
-        made = shutil.copytree(run, submitting / "other", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+        made = shutil.copytree(run, submitting / "other", ignore=left_out)
         answer = launcher(*beside, *other, cwd=submitting, timeout=100, **known)
         assert answer.returncode == 2, answer.stdout + answer.stderr
         assert re.search(said, answer.stderr), answer.stderr
