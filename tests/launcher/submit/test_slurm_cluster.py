@@ -158,6 +158,8 @@ def test_cancel_lets_the_run_save_and_leaves_nothing_but_others_clusters(
     finally:
         bystander.terminate()
         bystander.wait(30)
+        for folder in Path("/tmp").glob(f"{BYSTANDER}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     until(lambda: not of_bystander(), 20, lambda: str(of_bystander()))
 
 
