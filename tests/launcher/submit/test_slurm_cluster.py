@@ -25,15 +25,14 @@ STEPS = 200
 
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
-BYSTANDER = "tl-bystander"
 
 
-def start_ray_on_a_host(slurm: Any, host: int) -> subprocess.Popen[bytes]:
+def start_ray_on_a_host(slurm: Any, host: int, folder: str) -> subprocess.Popen[bytes]:
     """A Ray cluster of this user that is no business of any job."""
     address = f"{os.environ['SLURM_TEST_NET']}.{host}"
     log = slurm.folder / "bystander.log"
     words = ["start", "--head", "--port=6379", f"--node-ip-address={address}", "--num-cpus=1", "--block"]
-    words += ["--include-dashboard=false", f"--temp-dir={tempfile.mkdtemp(prefix=BYSTANDER, dir='/tmp')}"]
+    words += ["--include-dashboard=false", f"--temp-dir={folder}"]
     with log.open("wb") as output:
         started = subprocess.Popen([*slurm.inside(host), *RAY, *words], stdout=output, stderr=output)
     until(lambda: "Ray runtime started." in log.read_text(), 60, log.read_text)
@@ -133,7 +132,8 @@ def test_cancel_lets_the_run_save_and_leaves_nothing_but_others_clusters(
 ) -> None:
     config = configure(submitting, repository, training={"max_steps": 100_000})
     run = submitting / "small"
-    bystander = start_ray_on_a_host(slurm, 1)
+    folder = tempfile.mkdtemp(prefix="tl-bystander", dir="/tmp")
+    bystander = start_ray_on_a_host(slurm, 1, folder)
 
     # It is no child of the hosts' own processes, so slurm.processes() does not tell of it.
     daemons = [
@@ -156,10 +156,9 @@ def test_cancel_lets_the_run_save_and_leaves_nothing_but_others_clusters(
         assert bystander.poll() is None
         assert all(daemon.is_running() and daemon.status() != psutil.STATUS_ZOMBIE for daemon in daemons)
     finally:
-        bystander.terminate()
+        psutil.Process(bystander.pid).children()[0].terminate()  # nsenter keeps a signal to itself
         bystander.wait(30)
-        for folder in Path("/tmp").glob(f"{BYSTANDER}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     assert not psutil.wait_procs(daemons, timeout=20)[1]
 
 
