@@ -41,18 +41,18 @@ def take_step(case, folder):
     config = config_of(case, folder, dist.get_world_size())
     found = join(config, run_dir)
     engine = build_engine(config, found)
+    scale = first_loss_scale(config.training, None)
     gradients = {}
     real_step = engine.step
 
     def step():
         if engine.is_gradient_accumulation_boundary():
             for name, parameter in engine.module.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).detach().clone()
+                gradients[name] = safe_get_full_grad(parameter).detach().float() / (scale.value if scale else 1)
         real_step()
 
     engine.step = step
     batch = batches_of(config, found, "train").step(0, 0)
-    scale = first_loss_scale(config.training, None)
     outcome = optimizer_step(engine, batch, 1e-3, found, StepGuard(engine), loss_scale=scale)
     steps = engine_state.num_optimizer_steps(engine)
     engine.destroy()

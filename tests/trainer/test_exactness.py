@@ -130,8 +130,8 @@ def test_in_16_bits_they_equal_it_but_for_rounding(folder, oracle, name):
     result = torch.load(folder / f"{name}.pt", weights_only=True)
     assert result["loss"] == pytest.approx(loss, rel=2e-3)
     for weight, expected in gradients.items():
-        error = (result["gradients"][weight].float() - expected).norm() / expected.norm()
-        assert error < 0.05, f"{weight}: {error:.2g}"
+        error = (result["gradients"][weight] - expected).norm() / expected.norm()
+        assert error < (5e-3 if "fp16" in name else 2e-2), f"{weight}: {error:.2g}"
 
 
 @pytest.mark.parametrize("name", NAMES)
