@@ -264,7 +264,7 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     """
     settings = deepspeed_dict(config.training, config.deepspeed, found.world_size)
     dtype = DTYPES[config.training.precision]
-    # While this object lives, transformers reads weights into ZeRO-3's parts: no rank ever holds the whole model.
+    # While this object lives, transformers reads weights into ZeRO-3's parts: no rank keeps the whole model.
     sharded_loading = HfDeepSpeedConfig(settings) if config.deepspeed.stage == 3 else None
     length = config.data.sequence_length
     base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
