@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +65,28 @@ def attention_backend(
     if window is not None and window < sequence_length:
         return "sdpa"
     return PACKED_VARLEN if device.type == "cuda" and dtype != torch.float32 else PACKED_SDPA
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Give large blocks back to the system as soon as they are freed, while a model is loaded.
+
+    ZeRO-3 cuts one layer after another. glibc raises its threshold for blocks of their own (`mallopt(3)`) up to 32 MiB
+    with every such block that is freed, so that whole layers come from the heap and leave gaps between the parts that
+    stay: up to a whole model per rank. The threshold is 1 MiB inside, and afterwards where glibc would have raised it.
+
+    Yields:
+        Nothing; without glibc nothing is changed.
+    """
+    threshold_of_own_blocks = -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(threshold_of_own_blocks, 1 << 20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(threshold_of_own_blocks, 32 << 20)
 
 
 def load_base(

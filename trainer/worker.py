@@ -45,7 +45,14 @@ from trainer.loop import train as run_loop
 from trainer.loss import num_loss_chunks
 from trainer.loss_scale import LossScale
 from trainer.metrics import METRICS, StepTrace, append, cut_after, validation_losses
-from trainer.model import base_folder, causal_lm, load_base, return_the_loss, use_liger_kernels
+from trainer.model import (
+    base_folder,
+    causal_lm,
+    freed_memory_returned,
+    load_base,
+    return_the_loss,
+    use_liger_kernels,
+)
 from trainer.stopping import RESUME_ME, clear_stop, stop_on_signals
 from trainer.trackers import log_row, open_trackers
 from trainer.tuning import apply_tuning, optimizer_for, parameter_counts, quantization
@@ -267,7 +274,8 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     # While this object lives, transformers reads weights into ZeRO-3's parts: no rank keeps the whole model.
     sharded_loading = HfDeepSpeedConfig(settings) if config.deepspeed.stage == 3 else None
     length = config.data.sequence_length
-    base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
+    with freed_memory_returned():
+        base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
     if config.training.liger_kernels:
         use_liger_kernels(base)
     if config.training.gradient_checkpointing:
