@@ -82,7 +82,7 @@ def over_ray(model: str, options: argparse.Namespace) -> tuple[int, float]:
         ready.append(time.perf_counter())
 
     ActorPoolMapOperator.start = start_and_look_at_the_clock
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     spec = vllm_cluster.EngineSpec(model, dtype="float32", cpu_cache_gib=1.0, cpus=options.cpus)
     sampling = {"temperature": 0.0, "max_tokens": options.max_tokens, "ignore_eos": True}
     asked = [vllm_cluster.Request(str(number), ids, sampling) for number, ids in enumerate(prompts(options.rows))]
@@ -106,7 +106,9 @@ def measure(kind: str, model: str, options: argparse.Namespace) -> float:
     one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if kind == KINDS[2] else {}
     environment = os.environ | threads | one | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    num_tokens, wall_s = json.loads(answer.stdout.splitlines()[-1])
+    # vLLM's own processes print as well.
+    (found,) = (line for line in answer.stdout.splitlines() if line.startswith("measured "))
+    num_tokens, wall_s = json.loads(found.removeprefix("measured "))
     print(f"{kind}: {num_tokens} tokens in {wall_s:.2f} s, {num_tokens / wall_s:.0f} tokens/s", flush=True)
     return float(num_tokens / wall_s)
 
@@ -125,7 +127,9 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.kind:
-        print(json.dumps((over_ray if options.kind == "ray" else plain)(options.model, options)))
+        print(
+            "\nmeasured", json.dumps((over_ray if options.kind == "ray" else plain)(options.model, options)), flush=True
+        )
         return
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
