@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,8 +23,6 @@ from evaluation.errors import EvaluationError
 from evaluation.rows import Row, content_key, write_json
 
 FOLDER = "lm_eval"
-# Sizes that vLLM's LoRA kernels are built for.
-_ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def harness_problems(config: HarnessConfig) -> list[str]:
@@ -112,7 +111,10 @@ def _measure(
     if earlier.get("key") == key:
         return {"num_measures": len(earlier["measures"]), "reused": True}
     path.unlink(missing_ok=True)
-    found = _on_an_engine(_model_arguments(source, config, limit, facts.adapter_rank), settings, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        arguments = _model_arguments(source, config, limit)
+        found = _on_an_engine(arguments, source.adapter, folder, settings, config)
     result = {"model": name, "harness_version": version, "settings": settings} | found | {"key": key}
     write_json(path, result)
     return {"num_measures": len(found["measures"]), "reused": False}
@@ -126,11 +128,12 @@ def _content(folder: str | None) -> list[list[str]]:
     return [[str(path.relative_to(folder)), content_key(path.read_bytes().hex())] for path in files]
 
 
-def _model_arguments(source: ModelSource, config: GenerationConfig, limit: int, adapter_rank: int) -> dict[str, Any]:
+def _model_arguments(source: ModelSource, config: GenerationConfig, limit: int) -> dict[str, Any]:
     """What the harness's vLLM backend hands to `vllm.LLM`, as for the stage's own engines."""
-    local = Path(source.path).is_dir()
-    arguments: dict[str, Any] = {
-        "pretrained": str(Path(source.path).resolve()) if local else source.path,
+    place = str(Path(source.path).resolve()) if Path(source.path).is_dir() else source.path
+    return {
+        "pretrained": place,
+        "tokenizer": place,
         "revision": source.revision,
         "tokenizer_revision": source.revision,
         "dtype": config.dtype,
@@ -140,15 +143,26 @@ def _model_arguments(source: ModelSource, config: GenerationConfig, limit: int, 
         "trust_remote_code": False,
         "disable_log_stats": True,
     }
-    if source.adapter is not None:
-        rank = next((size for size in _ADAPTER_RANKS if size >= adapter_rank), adapter_rank)
-        # One slot more than adapters: vLLM's CPU kernels give the last slot to rows without one, so it stays empty.
-        arguments |= {"lora_local_path": str(Path(source.adapter).resolve()), "max_lora_rank": rank, "max_loras": 2}
-    return arguments
 
 
-def _on_an_engine(model: dict[str, Any], settings: Mapping[str, Any], config: GenerationConfig) -> Row:
-    """Run the harness in a Ray task that holds one engine's share of the cluster, and no longer than that."""
+def _on_an_engine(
+    model: dict[str, Any], adapter: str | None, folder: str, settings: Mapping[str, Any], config: GenerationConfig
+) -> Row:
+    """Run the harness in a Ray task that holds one engine's share of the cluster, and no longer than that.
+
+    Args:
+        model: See _model_arguments.
+        adapter: What is merged into it first.
+        folder: Where merged weights lie for the while; every node sees it.
+        settings: The section `generation.lm_eval`.
+        config: Sizes of the engine.
+
+    Returns:
+        See _evaluate.
+
+    Raises:
+        EvaluationError: The harness failed or died.
+    """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -164,8 +178,9 @@ def _on_an_engine(model: dict[str, Any], settings: Mapping[str, Any], config: Ge
     asked = dict(settings) | {"include_path": None if include is None else str(Path(include).resolve())}
     # A process of its own for each model: vLLM gives memory back only when its process ends.
     task = ray.remote(max_calls=1, max_retries=0, runtime_env={"env_vars": variables}, **resources)(_evaluate)
+    adapter = None if adapter is None else str(Path(adapter).resolve())
     try:
-        found: Row = ray.get(task.remote(model, asked))
+        found: Row = ray.get(task.remote(model, adapter, str(Path(folder).resolve()), asked))
     except RayTaskError as error:
         words = str(error).strip().splitlines()[-1]
         raise EvaluationError(f"lm-evaluation-harness failed on {model['pretrained']}: {words}") from error
@@ -176,8 +191,25 @@ def _on_an_engine(model: dict[str, Any], settings: Mapping[str, Any], config: Ge
     return found
 
 
-def _evaluate(model: dict[str, Any], asked: dict[str, Any]) -> Row:
+def _merge(model: dict[str, Any], adapter: str, folder: str) -> dict[str, Any]:
+    """Write the base's weights with the adapter's in them; returns the arguments that load these.
+
+    The harness scores prompts, and vLLM 0.32 computes an adapter's scores for generated tokens only.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        model["pretrained"], revision=model["revision"], dtype=model["dtype"], use_safetensors=True
+    )
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+    return model | {"pretrained": folder, "revision": None}
+
+
+def _evaluate(model: dict[str, Any], adapter: str | None, folder: str, asked: dict[str, Any]) -> Row:
     """Runs in the Ray task: the tasks on one engine; returns what is written of them."""
+    if adapter is not None:
+        model = _merge(model, adapter, folder)
     version_of = metadata.version
 
     def version(name: str) -> str:

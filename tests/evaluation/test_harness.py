@@ -66,6 +66,7 @@ def best_choice(model, tokenizer, question):
 @pytest.mark.slow
 def test_the_harness_says_what_the_models_logits_say(tasks, tmp_path, local_ray):
     pytest.importorskip("lm_eval")
+    from peft import PeftModel
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     base = tiny_models.build(tmp_path / "base")
@@ -88,6 +89,12 @@ def test_the_harness_says_what_the_models_logits_say(tasks, tmp_path, local_ray)
     assert (choice["metric"], choice["num"], choice["version"], choice["num_fewshot"]) == ("acc", 6, 3.0, 0)
     assert by_task["tiny_spoken"]["value"] == 0  # four tokens cannot repeat the question
     assert written["harness_version"].startswith("0.")
+
+    tuned = PeftModel.from_pretrained(model, adapter)
+    right = [best_choice(tuned, tokenizer, f"Say word {n}.") == n % 3 for n in range(NUM_DOCUMENTS)]
+    written = json.loads((run / "lm_eval/tuned.json").read_text(encoding="utf-8"))
+    assert written["measures"][0]["value"] == pytest.approx(sum(right) / NUM_DOCUMENTS)
+    assert {path.name for path in (run / "lm_eval").iterdir()} == {"base.json", "tuned.json"}  # no merged weights
 
     write_report_of(run)
     rows = json.loads((run / "report.json").read_text(encoding="utf-8"))["benchmarks"]
