@@ -307,6 +307,8 @@ def _models_in(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
 
 def _nearest_key(location: Location) -> str:
     models = _models_at(location[:-1])
+    if elsewhere := [tag for model in models if location[-1] in model.model_fields for tag in _tags(model)]:
+        return f" here: it goes with {_dotted(location[:-1])} of {', '.join(elsewhere)}"
     legal = sorted({name for model in models for name in model.model_fields})
     near = difflib.get_close_matches(str(location[-1]), legal, n=1, cutoff=0.6)
     words = str(location[-1]).replace("_", " ").lower()
@@ -319,6 +321,12 @@ def _nearest_key(location: Location) -> str:
     if near:
         return f"; did you mean {_dotted((*location[:-1], near[0]))}?"
     return f"; legal here: {', '.join(legal)}" if legal else ""
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    """How the YAML chooses this member of a union, for example `type: api`."""
+    fields = [(name, model.model_fields[name]) for name in ("type", "method") if name in model.model_fields]
+    return [f"{name}: {value}" for name, field in fields for value in getattr(field.annotation, "__args__", ())]
 
 
 def _meaning(location: Location) -> str:

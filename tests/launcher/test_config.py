@@ -63,6 +63,11 @@ def test_a_mistake_in_a_further_model_names_the_model(tmp_path: Path) -> None:
     assert wrong.startswith("--set: generation.models.rival = {'type': 'apo'}: a model is a path or hub id")
 
 
+def test_a_key_of_another_type_says_which(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, MINIMAL, "judge.type=reference", "judge.canary_limit=5")
+    assert problem == "--set: unknown key judge.canary_limit here: it goes with judge of type: api, type: vllm"
+
+
 def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
