@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     # While this object lives, transformers reads weights into ZeRO-3's parts: no rank keeps the whole model.
     sharded_loading = HfDeepSpeedConfig(settings) if config.deepspeed.stage == 3 else None
     length = config.data.sequence_length
-    with freed_memory_returned():
+    with freed_memory_returned() if config.deepspeed.stage == 3 else nullcontext():
         base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
     if config.training.liger_kernels:
         use_liger_kernels(base)
