@@ -152,7 +152,7 @@ def test_the_examples_of_times_hold() -> None:
 
 
 CASES = [
-    pytest.param({"precision": "fp32"}, 2, id="fp32-zero2"),
+    pytest.param({"precision": "fp32"}, 2, id="fp32-zero2", marks=pytest.mark.slow),
     pytest.param({"precision": "fp32"}, 0, id="fp32-zero0", marks=pytest.mark.slow),
     pytest.param({"precision": "bf16"}, 2, id="bf16-zero2", marks=pytest.mark.slow),
     pytest.param({"precision": "bf16"}, 3, id="bf16-zero3", marks=pytest.mark.slow),

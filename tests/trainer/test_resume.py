@@ -50,7 +50,7 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     ("kind", "step", "delay_s"),
     [
-        ("zero2", 5, 0.01),
+        pytest.param("zero2", 5, 0.01, marks=pytest.mark.slow),
         ("zero3", 5, 0.02),
         ("lora", 6, 0.005),
         pytest.param("zero2", 1, 0.0, marks=pytest.mark.slow),
