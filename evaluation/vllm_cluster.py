@@ -184,17 +184,7 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
     # A block goes to one engine as a whole; small ones, equally many for each, let every engine work until the end.
     num_blocks = min(spec.engines * math.ceil(len(requests) / _ROWS_PER_BLOCK / spec.engines), len(requests))
     processor = _processor(spec, len(requests), num_blocks)
-    rows = [
-        {
-            processor.DATA_COLUMN: {
-                "key": request.key,
-                "tokenized_prompt": list(request.token_ids),
-                "sampling_params": request.sampling,
-                "model": request.adapter or spec.model,
-            }
-        }
-        for request in requests
-    ]
+    rows = [{processor.DATA_COLUMN: _engine_row(spec, request)} for request in requests]
     data = processor(ray.data.from_items(rows, override_num_blocks=num_blocks))
     data.context.enable_progress_bars = False
     if spec.engines > 1:
@@ -212,6 +202,16 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
             f"the vLLM engines for {spec.model} failed, {_MAX_RESTARTS} restarts included: {words}. "
             "What was finished is kept; mend the cause and run the stage again to go on"
         ) from error
+
+
+def _engine_row(spec: EngineSpec, request: Request) -> dict[str, Any]:
+    """What Ray Data's engine stage reads."""
+    return {
+        "key": request.key,
+        "tokenized_prompt": list(request.token_ids),
+        "sampling_params": request.sampling,
+        "model": request.adapter or spec.model,
+    }
 
 
 def _processor(spec: EngineSpec, num_rows: int, num_blocks: int) -> Processor:

@@ -16,8 +16,8 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 def test_a_line_tells_step_loss_rate_speed_and_time_left() -> None:
     line = describe(row(4), steps_per_s=0.001)
     assert line == (
-        "step 4/10  loss 2.5000  lr 1.00e-03  grad norm 0.5  1,234 tokens/s a device  MFU 42.1%  1.5 GiB  padding 3.1%  "
-        "ETA 1:40:00"
+        "step 4/10  loss 2.5000  lr 1.00e-03  grad norm 0.5  1,234 tokens/s a device  MFU 42.1%  1.5 GiB  padding 3.1%"
+        "  ETA 1:40:00"
     )
     assert "grad norm" not in describe(row(4, grad_norm=None), None)
     assert describe(row(4, loss_scale=4096.0), None).endswith("loss scale 4096")
