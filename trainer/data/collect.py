@@ -128,12 +128,7 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
         TrainerError: a source cannot be read, has no usable row or a bad one that may not be skipped, or two rows have
             the same id.
     """
-    sources = [(source, UNSPLIT) for source in data.all_sources]
-    if isinstance(data.split, FileSplit):
-        first = data.all_sources[0].model_copy(update={"num_rows": None, "weight": 1.0})
-        own = (data.split.validation, data.split.test)
-        sources = [(source, SPLITS.index("train")) for source, _ in sources]
-        sources += [(first.model_copy(update={"path": str(file)}), 1 + i) for i, file in enumerate(own)]
+    sources = _sources_with_splits(data)
     starts, of_source, splits, categories, ids = array("q"), array("i"), array("b"), array("i"), array("q")
     names: dict[str | None, int] = {}
     formats: list[str] = []
@@ -163,6 +158,16 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
     )
     _check_ids(collected, np.frombuffer(ids, np.int64))
     return _choose(collected, [source for source, _ in sources], seed)
+
+
+def _sources_with_splits(data: DataConfig) -> list[tuple[SourceConfig, int]]:
+    """Every file that is read, with the number of its split, or UNSPLIT where its rows are split later."""
+    if not isinstance(data.split, FileSplit):
+        return [(source, UNSPLIT) for source in data.all_sources]
+    first = data.all_sources[0].model_copy(update={"num_rows": None, "weight": 1.0})
+    own = (data.split.validation, data.split.test)
+    train = [(source, SPLITS.index("train")) for source in data.all_sources]
+    return train + [(first.model_copy(update={"path": str(file)}), 1 + i) for i, file in enumerate(own)]
 
 
 def _open_source(source: SourceConfig, data: DataConfig) -> tuple[Iterator[Row], RowReader]:
