@@ -8,7 +8,7 @@ anew for the gated layers with root-mean-square norms that transformers runs.
 Compared with ranks that ran on CPUs (tests/benchmarks/memory_estimate.py), told / measured: five full tunings of a
 model of 60 million weights, by which the constants were set, within 15%; other shapes 0.85 (three wide layers), 0.87
 (28 narrow ones), 0.94 (one worker), 1.17 (32,000 words, of which the count takes all tokens for targets); but 0.68 with
-recomputed activations on packs of 1,024 tokens, and 0.58 with LoRA. The rest is gaps that glibc's heap leaves between
+recomputed activations on packs of 1,024 tokens, and 0.58 with LoRA. With LoRA the rest is gaps in glibc's heap between
 large blocks: where MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 1 MiB give blocks back, LoRA took 2.44 GiB
 where 2.86 is told. So on CPUs it is rather a lower bound. It has not been compared on GPUs, whose allocator leaves
 other gaps.
