@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ SECTIONS: Mapping[Stage, tuple[str, ...]] = {
     "judge": ("judge",),
     "report": ("report",),
 }
+# Keys of paths: a run that was submitted to a cluster has them absolute, where the file it came from may not.
+PATHS = {"path", "name_or_path", "validation", "test", "model", "adapter", "include_path"}
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "ray", "tunelift")
 
 Fingerprint = dict[str, Any]
@@ -189,8 +192,18 @@ def _differences(earlier: Fingerprint, now: Fingerprint) -> list[str]:
     return [
         f"{key}: was {earlier.get(key, absent)!r}, is now {now.get(key, absent)!r}"
         for key in sorted({*earlier, *now})
-        if earlier.get(key, absent) != now.get(key, absent)
+        if _placed(key, earlier.get(key, absent)) != _placed(key, now.get(key, absent))
     ]
+
+
+def _placed(key: str, value: Any) -> Any:  # noqa: ANN401 - any part of a configuration
+    """A value as it is compared: a path by where it leads from here. A hub id stays equal to itself alone."""
+    if isinstance(value, dict):
+        return {name: _placed(name, part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_placed(key, part) for part in value]
+    is_path = isinstance(value, str) and key.rpartition(".")[2] in PATHS
+    return os.path.abspath(value) if is_path else value  # noqa: PTH100 - nothing is looked up, links stay links
 
 
 def _without(value: Any, left_out: set[str]) -> Any:  # noqa: ANN401 - any part of a configuration

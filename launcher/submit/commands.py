@@ -115,6 +115,7 @@ def ray(
     loaded = ray_jobs.made_absolute(load_config(config, set_), Path.cwd())
     folder = _absolute(run_dir or loaded.run.directory)
     if words:
+        words = ray_jobs.absolute_words(words, members_of(config, set_, words, folder), Path.cwd())
         _say(table(members_of(config, set_, words, folder), folder))
     further = [
         *(word for text in words for word in ("--sweep", text)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import shlex
 import shutil
 import time
@@ -17,6 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import launcher
 from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError
+from launcher.submit.sweep import Member, settings_of
 
 PACKAGES = ("launcher", "trainer", "evaluation", "slurm")
 SUFFIXES = {".py", ".sh", ".html", ".css", ".js", ".j2", ".json", ".jinja", ".txt"}
@@ -81,8 +83,42 @@ def made_absolute(config: RunConfig, working_folder: Path) -> RunConfig:
         if tree["data"]["split"]["type"] == "files":
             absolute(tree["data"]["split"], split, always=True)
     absolute(tree["model"], "name_or_path")
-    absolute(tree["judge"], "model")
+    for judge in tree["judge"].get("judges", [tree["judge"]]):
+        absolute(judge, "model")
+    for model in tree["generation"]["models"].values():
+        absolute(model, "path")
+        absolute(model, "adapter")
+    absolute(tree["generation"]["lm_eval"] or {}, "include_path")
     return RunConfig.model_validate(tree)
+
+
+def absolute_words(words: Sequence[str], members: Sequence[Member], working_folder: Path) -> list[str]:
+    """A sweep's words with the paths among their values made absolute, as `made_absolute` does it for a configuration.
+
+    Args:
+        words: texts key=value,value,... of the sweep.
+        members: the sweep's members, loaded from these words.
+        working_folder: what their relative paths start from.
+
+    Returns:
+        The words; a value without a path stays as it was typed.
+    """
+    moved: dict[str, str] = {}
+    for member in members:
+        typed, absolute = member.config, made_absolute(member.config, working_folder)
+        for text in member.settings:
+            location = [part.strip() for part in text.partition("=")[0].split(".")]
+            before, after = (_value_at(config.model_dump(mode="json"), location) for config in (typed, absolute))
+            if before != after:
+                moved[text] = json.dumps(after, ensure_ascii=False)
+    axes = [(word.partition("=")[0], settings_of([word])) for word in words]
+    return [f"{key}={','.join(moved.get(text, text.partition('=')[2]) for (text,) in listed)}" for key, listed in axes]
+
+
+def _value_at(tree: Any, location: Sequence[str]) -> Any:  # noqa: ANN401 - any part of a configuration
+    for part in location:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 @contextmanager

@@ -113,6 +113,8 @@ def member_name(number: int, settings: Sequence[str]) -> str:
 
     >>> member_name(3, ["training.lr=1e-5", "data.train_on=all"])
     '3-lr-1e-5-train_on-all'
+    >>> member_name(1, ["data.path=/shared/sets/short.json"])
+    '1-path-short.json'
 
     Args:
         number: the member's, from 1.
@@ -121,8 +123,14 @@ def member_name(number: int, settings: Sequence[str]) -> str:
     Returns:
         The name.
     """
-    words = "-".join(text.partition("=")[0].rpartition(".")[2] + "-" + text.partition("=")[2] for text in settings)
+    words = "-".join(text.partition("=")[0].rpartition(".")[2] + "-" + _in_a_name(text) for text in settings)
     return f"{number}-{re.sub('[^A-Za-z0-9._-]+', '_', words)}"[:90].rstrip("._-")
+
+
+def _in_a_name(setting: str) -> str:
+    value = setting.partition("=")[2]
+    # Of an absolute path the last part tells most; the member's number keeps equal ones apart.
+    return Path(value.strip("\"'")).name if value.lstrip("\"'").startswith("/") else value
 
 
 def _inside(config: RunConfig, folder: Path, name: str) -> RunConfig:

@@ -32,7 +32,7 @@ def changed(config: RunConfig, section: str, **values: object) -> RunConfig:
 
 def do_prepare(config: RunConfig, run_dir: Path) -> None:
     begin("prepare", config, run_dir, again=False)
-    (run_dir / "data").mkdir()
+    (run_dir / "data").mkdir(exist_ok=True)
     (run_dir / "data" / "summary.json").write_text("{}")
     finish("prepare", run_dir, {"rows": 3}, 1.5)
 
@@ -60,6 +60,24 @@ def test_a_changed_setting_is_named(config: RunConfig, run_dir: Path) -> None:
     do_prepare(config, run_dir)
     state = state_of("prepare", changed(config, "data", sequence_length=77), run_dir)
     assert state == Differs(("data.sequence_length: was 1024, is now 77",))
+
+
+def test_a_path_is_compared_by_where_it_leads(
+    config: RunConfig, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do_prepare(config, run_dir)
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(state_of("prepare", changed(config, "data", path="rows.json"), run_dir), Finished)
+    sources = [{"path": str(tmp_path / "rows.json"), "weight": 2.0}]
+    do_prepare(changed(config, "data", path=None, sources=sources), run_dir)
+    relative = [sources[0] | {"path": "run/../rows.json"}]
+    assert isinstance(state_of("prepare", changed(config, "data", path=None, sources=relative), run_dir), Finished)
+    (tmp_path / "other.json").write_text("[]")
+    other = state_of(
+        "prepare", changed(config, "data", path=None, sources=[sources[0] | {"path": "other.json"}]), run_dir
+    )
+    assert isinstance(other, Differs)
+    assert [line.partition(":")[0] for line in other.differences] == ["data.sources"]
 
 
 def test_changed_data_is_noticed(config: RunConfig, run_dir: Path) -> None:

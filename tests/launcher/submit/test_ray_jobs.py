@@ -26,6 +26,7 @@ from launcher.config import RunConfig, load_config
 from launcher.errors import LauncherError
 from launcher.submit import ray_jobs
 from launcher.submit.node import Node, ray_command
+from launcher.submit.sweep import members_of
 from tests.launcher.submit.small_runs import configure, launcher, train_rows, until
 
 
@@ -65,6 +66,36 @@ def test_paths_mean_the_same_on_the_cluster(repository: Path, tmp_path: Path) ->
     assert moved.model.name_or_path == f"{tmp_path}/base"
     tree = config.model_dump(mode="json") | {"model": {"name_or_path": "owner/name"}}
     assert ray_jobs.made_absolute(RunConfig.model_validate(tree), tmp_path).model.name_or_path == "owner/name"
+
+
+def test_every_local_model_and_folder_is_found_on_the_cluster(repository: Path, tmp_path: Path) -> None:
+    for name in ("rival", "adapter", "judge", "tasks"):
+        (tmp_path / name).mkdir()
+    generation = "generation={models: {rival: {path: rival, adapter: adapter}, far: owner/name}"
+    generation += ", lm_eval: {tasks: [mine], include_path: tasks}}"
+    judge = "judge={type: jury, judges: [{type: vllm, model: judge}, {type: vllm, model: owner/judge}]}"
+    config = load_config(repository / "configs/quickstart.yaml", [generation, judge])
+    moved = ray_jobs.made_absolute(config, tmp_path)
+    rival, far = moved.generation.models["rival"], moved.generation.models["far"]
+    assert (rival.path, rival.adapter, far.path) == (f"{tmp_path}/rival", f"{tmp_path}/adapter", "owner/name")
+    assert moved.generation.lm_eval.include_path == f"{tmp_path}/tasks"
+    assert [member.model for member in moved.judge.judges] == [f"{tmp_path}/judge", "owner/judge"]
+
+
+def test_paths_of_a_sweep_mean_the_same_on_the_cluster(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    config = configure(tmp_path, repository)
+    words = ["data.path=a.json,sets/b, c.json", "model={name_or_path: base},{name_or_path: owner/name}"]
+    words += ["training.lr=1e-3,2e-3"]
+    moved = ray_jobs.absolute_words(words, members_of(config, [], words), tmp_path)
+    assert moved[0] == f'data.path="{tmp_path}/a.json","{tmp_path}/sets/b","{tmp_path}/c.json"'
+    assert moved[2] == words[2]
+    members = members_of(config, [], moved)
+    assert len(members) == 12
+    assert str(members[0].config.data.path) == f"{tmp_path}/a.json"
+    assert members[0].config.model.name_or_path == f"{tmp_path}/base"
+    assert members[2].config.model.name_or_path == "owner/name"
+    assert members[0].name.startswith("1-path-a.json-model-")
 
 
 def test_no_secret_goes_with_a_job(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +261,8 @@ def test_two_runs_of_a_sweep_side_by_side_do_not_disturb_each_other_and_outlive_
     place = ["--address", ray_nodes.dashboard]
     known = {key: value for key, value in ray_nodes.environment.items() if key.startswith("RAY_")}
     # How often checkpoints are written changes nothing of what is learned: the two must come to the same.
-    words = ["--sweep", "training.checkpoint_every=1000,2000", "--side-by-side", "2"]
+    # The path starts from where it is submitted, which the job does not know.
+    words = ["--sweep", "training.checkpoint_every=1000,2000", "data.path=data.json", "--side-by-side", "2"]
     submitted = launcher(
         "submit", "ray", config, *place, *words, "--python", sys.executable, "--detach", cwd=submitting, **known
     )
@@ -241,7 +273,7 @@ def test_two_runs_of_a_sweep_side_by_side_do_not_disturb_each_other_and_outlive_
         members = [path.read_text(errors="replace") for path in sweep.glob("*/output.log")]
         return "\n".join([launcher("logs", sweep, *place, cwd=submitting, **known).stdout, *members])
 
-    members = [sweep / f"{n}-checkpoint_every-{n}000" for n in (1, 2)]
+    members = [sweep / f"{n}-checkpoint_every-{n}000-path-data.json" for n in (1, 2)]
     until(lambda: all(train_rows(member) for member in members), 200, output)
     until(lambda: ray_nodes.kill_raylet("vLLM"), 200, output)
 
@@ -301,7 +333,7 @@ def test_cancel_lets_the_job_save_and_leaves_the_cluster(
     # Meanwhile another asks for what is held, and another for nodes that are not there.
     beside: list[str | Path] = ["run", config, "--from", "train", "--set", "cluster.wait_s=1"]
     beside += ["--set", f"cluster.address={ray_nodes.gcs}"]
-    beside += ["--set", f"data.path={json.dumps(str(submitting / 'data.json'))}"]  # as the job was given it
+    # data.path is relative here, and absolute in what the job was given: the same settings.
     left_out = shutil.ignore_patterns("checkpoints", "metrics.jsonl", "attempt-*")
     for setting, said in {
         "training.num_workers=2": r"needs 2 CPUs; there are 1; .*\n.*waited 1 s.*\n.*CPU 3 \(1 free\).*groups: .*CPU",
