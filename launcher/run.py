@@ -18,7 +18,7 @@ from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError, Preempted
 from launcher.progress import MetricsFollower
 from launcher.ray_cluster import check_fits, ray_cluster, uses_gpus
-from launcher.run_directory import open_run_directory, write_atomically
+from launcher.run_directory import is_held, open_run_directory, write_atomically
 from launcher.stages import STAGES, Differs, Finished, Stage, begin, finish, state_of
 from launcher.storage import RunCopy
 from trainer.stopping import clear_stop, stop_on_signals
@@ -378,7 +378,8 @@ def _stop_requests(run_dir: Path) -> Iterator[None]:
     """While training, SIGTERM and SIGUSR1 ask the workers to save at the step's edge and end."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     clear_stop(run_dir)
-    stop_on_signals(run_dir)
+    # A signal to an attempt that slept, and lost the run, would otherwise stop its successor.
+    stop_on_signals(run_dir, only_if=lambda: is_held(run_dir))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,6 +98,15 @@ def check_held(run_dir: Path) -> None:
         )
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether the run still belongs to this process."""
+    try:
+        check_held(run_dir)
+    except LauncherError:
+        return False
+    return True
+
+
 @contextmanager
 def open_run_directory(path: Path) -> Iterator[None]:
     """Hold a run's folder for one launcher at a time.
@@ -163,7 +172,9 @@ def _interrupt_when_taken_over(run_dir: Path, ended: threading.Event) -> None:
         try:
             check_held(run_dir)
         except LauncherError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # Slurm may have ended what read this output: that must not keep the process alive.
+            with suppress(OSError, ValueError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGINT)  # not SIGTERM, which asks the run to save
             return
 

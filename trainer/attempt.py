@@ -56,6 +56,10 @@ class Attempt:
         """What the names of its unfinished folders end in."""
         return f"A{self.number}-{self.name}"
 
+    def owns_the_run(self) -> bool:
+        """Whether no later attempt has begun."""
+        return self.file.read_text(encoding="utf-8") == self.mark
+
     def check(self) -> None:
         """Before each write: does the run still belong to this attempt?
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -35,17 +36,19 @@ def clear_stop(run_dir: Path) -> None:
     _stop_file(run_dir).unlink(missing_ok=True)
 
 
-def stop_on_signals(run_dir: Path) -> None:
+def stop_on_signals(run_dir: Path, only_if: Callable[[], bool] = lambda: True) -> None:
     """Take SIGTERM and SIGUSR1 of this process, the signals of preemption, as stop requests.
 
     Python allows this in a process's main thread only.
 
     Args:
         run_dir: The run that this process trains.
+        only_if: Asked at each signal; where it is false the signal is let pass.
     """
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        request_stop(run_dir)
+        if only_if():
+            request_stop(run_dir)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, on_signal)

@@ -171,8 +171,8 @@ def teller(
         What takes a row.
     """
     trackers = open_trackers(config, found.run_dir) if found.rank == 0 else []
-    if found.rank == 0:
-        closing.callback(clear_stop, found.run_dir)
+    if attempt is not None:
+        closing.callback(_forget_stop, attempt, found.run_dir)
     for tracker in trackers:
         closing.callback(tracker.close)
 
@@ -185,6 +185,12 @@ def teller(
             on_step(row)
 
     return tell
+
+
+def _forget_stop(attempt: Attempt, run_dir: Path) -> None:
+    """The request was carried out; one that stands there after a later attempt has begun is meant for that one."""
+    if attempt.owns_the_run():
+        clear_stop(run_dir)
 
 
 def counts(run: Run, begin: checkpoint.Progress, end: checkpoint.Progress) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ def test_one_launcher_at_a_time(tmp_path: Path) -> None:
 WORKS = """
 import sys, time
 from pathlib import Path
+from launcher.run import _stop_requests
 from launcher.run_directory import check_held, open_run_directory
-with open_run_directory(Path(sys.argv[1])):
+with open_run_directory(Path(sys.argv[1])), _stop_requests(Path(sys.argv[1])):
     print("holds", flush=True)
     try:
         time.sleep(60)
@@ -64,6 +66,32 @@ def test_an_attempt_that_wakes_up_beside_its_successor_ends(tmp_path: Path) -> N
     finally:
         successor.kill()
         thought_dead.kill()
+
+
+def test_what_happens_to_an_attempt_that_slept_does_not_reach_its_successor(tmp_path: Path) -> None:
+    attempts = [attempt(tmp_path, 0)]
+    try:
+        assert attempts[0].stdout.readline() == "holds\n"
+        attempts[0].send_signal(signal.SIGSTOP)
+        attempts.append(attempt(tmp_path, 1))
+        assert attempts[1].stdout.readline() == "holds\n"
+        # Slurm ends what is left of the job on the lost node, and whoever read its output is gone.
+        for pipe in (attempts[0].stdout, attempts[0].stderr):
+            pipe.close()
+        attempts[0].send_signal(signal.SIGTERM)
+        attempts[0].send_signal(signal.SIGCONT)
+        assert attempts[0].wait(20) != 0
+        assert not (tmp_path / "stop").exists()
+        assert attempts[1].poll() is None
+        attempts[1].send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "stop").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        for one in attempts:
+            one.kill()
+            one.wait()
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,13 @@ def test_an_attempt_that_wakes_up_beside_its_successor_writes_nothing(tmp_path: 
         successor = start()
         try:
             until(held + 10, run_dir, successor)
+            # A request to stop that the successor has yet to see: it is not for the earlier one to forget.
+            successor.send_signal(signal.SIGSTOP)
+            (run_dir / "stop").touch()
             thought_dead.send_signal(signal.SIGCONT)
             said, _ = thought_dead.communicate(timeout=60)
+            (run_dir / "stop").unlink()
+            successor.send_signal(signal.SIGCONT)
             assert thought_dead.returncode != 0
             assert "attempt 1 of this run ends: attempt 2 has taken it over" in said
             assert successor.wait(120) == 0
