@@ -26,7 +26,7 @@ start_host() {
     ip link set lo up
     ip addr add "$3"/24 dev "$2"
     ip link set "$2" up
-    slurmd -D -N "$1" -f "$4/slurm.conf" & wait $!
+    slurmd -D -N "$1" -f "$4/slurm.conf" & wait $! || true # the host lives on without it
     sleep infinity' bash "n$n" "${bridge}n$n" "$net.$n" "$folder" >>"$folder/n$n/slurmd.out" 2>&1 </dev/null &
   echo $! >"$folder/n$n/pid"
   until holder=$(pgrep -P "$(cat "$folder/n$n/pid")"); do sleep 0.05; done

@@ -7,6 +7,7 @@ folder lies on storage that all nodes see; the head leaves its address there, an
 from __future__ import annotations
 
 import argparse
+import glob
 import ipaddress
 import os
 import shutil
@@ -29,6 +30,7 @@ from launcher.run_directory import write_atomically
 
 STARTED = "Ray runtime started."
 MAX_RESTARTS = 3
+LOOK_S = 5
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,8 @@ class _Ray:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def wait(self) -> int:
-        return self._process.wait()
+    def wait(self, timeout_s: float) -> int:
+        return self._process.wait(timeout_s)
 
     def stop(self) -> None:
         self._process.terminate()
@@ -260,15 +262,39 @@ class _Stop:
     def __init__(self) -> None:
         self.asked = False
         self.ray: _Ray | None = None
-        signal.signal(signal.SIGUSR2, self._ask)
+        signal.signal(signal.SIGUSR2, self.ask)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for passing in (signal.SIGTERM, signal.SIGINT):
             signal.signal(passing, lambda *_: None)
 
-    def _ask(self, *_: object) -> None:
+    def ask(self, *_: object) -> None:
         self.asked = True
         if self.ray is not None:
             self.ray.stop()
+
+
+def superseded(attempt: Path) -> bool:
+    """Whether a later attempt of the job has begun: Slurm thinks this node lost, and nobody else ends what runs here.
+
+    Args:
+        attempt: folder of this attempt, JOB.ATTEMPT, beside those of the others.
+
+    Returns:
+        True if there is one with a higher number.
+    """
+    job, _, number = attempt.name.rpartition(".")
+    others = (other.name.rpartition(".")[2] for other in attempt.parent.glob(f"{glob.escape(job)}.*"))
+    return number.isdecimal() and any(other.isdecimal() and int(other) > int(number) for other in others)
+
+
+def _end_of(ray: _Ray, stop: _Stop, shared: Path) -> int:
+    """Wait for Ray's end, which comes by itself, by USR2, or when a later attempt has taken over."""
+    while True:
+        try:
+            return ray.wait(LOOK_S)
+        except subprocess.TimeoutExpired:
+            if not stop.asked and superseded(shared):
+                stop.ask()
 
 
 def _run_ray(stop: _Stop, node: Node, head: str, *, is_head: bool, shared: Path, folder: Path) -> str | None:
@@ -284,7 +310,7 @@ def _run_ray(stop: _Stop, node: Node, head: str, *, is_head: bool, shared: Path,
             time.sleep(0.1)
         if is_head and ray.running():
             write_atomically(shared / "address", head)
-        code = ray.wait()
+        code = _end_of(ray, stop, shared)
         shutil.rmtree(ray_folder, ignore_errors=True)
         if stop.asked:
             return None
@@ -302,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command's words; None takes them from the command line.
 
     Returns:
-        0 if it was stopped with USR2, else 1, with the cause on stderr and in the shared folder.
+        0 if it was stopped with USR2 or superseded, else 1, with the cause on stderr and in the shared folder.
     """
     parser = argparse.ArgumentParser(prog="python -m launcher.submit.node", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="folder of this attempt, which all nodes see")

@@ -1,8 +1,10 @@
-"""Which address a node has, and how Ray is started there. Pure functions: nothing is started."""
+"""Which address a node has, how Ray is started there, and when it ends. No Ray is started."""
 
 from __future__ import annotations
 
 import doctest
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,38 @@ def test_the_script_hands_an_ipv6_address_to_the_launcher_as_text(repository: Pa
     quickstart = repository / "configs/quickstart.yaml"
     assert load_config(quickstart, ["cluster.address='[fd00::1]:40001'"]).cluster.address == "[fd00::1]:40001"
     assert "cluster.address=\"'$(cat" in (repository / "slurm/run.sh").read_text()
+
+
+def test_a_later_attempt_of_the_same_job_is_seen(tmp_path: Path) -> None:
+    mine = tmp_path / "7_1.9"
+    for name in ("7_1.9", "7_1.8", "7_1.log", "7_11.12", "17_1.12", "7_1.9.partial"):
+        (tmp_path / name).mkdir()
+    assert not node.superseded(mine)
+    assert not node.superseded(tmp_path / "elsewhere")
+    (tmp_path / "7_1.10").mkdir()
+    assert node.superseded(mine)
+
+
+RAY_OF_ONE_NODE = """
+import time
+print("Ray runtime started.", flush=True)
+time.sleep(60)
+"""
+
+
+def test_ray_on_a_lost_node_ends_when_a_later_attempt_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "ray_command", lambda *_, **__: [sys.executable, "-c", RAY_OF_ONE_NODE])
+    monkeypatch.setattr(node, "LOOK_S", 0.2)
+    monkeypatch.setattr(node.signal, "signal", lambda *_: None)
+    shared = tmp_path / "7.0"
+    shared.mkdir()
+    (tmp_path / "7.1").mkdir()
+    here = Node("127.0.0.1", "lo", num_cpus=1, num_gpus=0)
+    began = time.monotonic()
+    assert node._run_ray(node._Stop(), here, "127.0.0.1:1", is_head=True, shared=shared, folder=tmp_path) is None
+    assert time.monotonic() - began < 20
 
 
 def test_the_examples_hold() -> None:

@@ -81,16 +81,22 @@ def test_two_nodes_to_the_report_through_a_preemption(slurm: Any, submitting: Pa
     until(lambda: not any("ray" in command for command in slurm.processes()), 20, lambda: str(slurm.processes()))
 
     # The preempted run took the very steps of an undisturbed one, without Ray and on one machine.
-    undisturbed = submitting / "undisturbed"
+    assert [(row["step"], row["loss"]) for row in train_rows(run)] == undisturbed(
+        run, config, repository, num_workers=2
+    )
+    assert len(train_rows(run)) == STEPS
+
+
+def undisturbed(run: Path, config: Path, repository: Path, *, num_workers: int = 1) -> list[tuple[int, float]]:
+    """Steps and losses of the same training in one go, without Slurm and Ray, from what the run has prepared."""
+    folder = config.parent / "undisturbed"
     for made in ("data", "base"):
-        shutil.copytree(run / made, undisturbed / made)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program += ["-m", "trainer.worker", config.name, "--run-dir", "undisturbed"]
+        shutil.copytree(run / made, folder / made)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
+    program += ["-m", "trainer.worker", config.name, "--run-dir", folder.name]
     place = os.environ | {"PYTHONPATH": str(repository)}
-    subprocess.run(program, cwd=submitting, env=place, check=True, capture_output=True, timeout=200)
-    expected = [(row["step"], row["loss"]) for row in train_rows(undisturbed)]
-    assert [(row["step"], row["loss"]) for row in train_rows(run)] == expected
-    assert len(expected) == STEPS
+    subprocess.run(program, cwd=config.parent, env=place, check=True, capture_output=True, timeout=200)
+    return [(row["step"], row["loss"]) for row in train_rows(folder)]
 
 
 def test_a_node_where_ray_fails_ends_the_job_at_once_with_the_cause(
@@ -218,6 +224,32 @@ def test_a_sweep_is_run_and_compared_and_a_preempted_member_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_sweep_that_is_cancelled_saves_what_runs_and_never_starts_what_waits(
+    slurm: Any, submitting: Path, repository: Path
+) -> None:
+    config = configure(submitting, repository, training={"max_steps": 100_000, "num_workers": 1}, nodes=1)
+    words = ["--sweep", "training.lr=1e-3,2e-3,3e-3", "--side-by-side", "2"]
+    assert launcher("submit", "slurm", config, *words, "--detach", cwd=submitting).returncode == 0
+    sweep = submitting / "small"
+    members = [sweep / f"{n}-lr-{n}e-3" for n in (1, 2, 3)]
+    until(lambda: all(len(train_rows(member)) > 5 for member in members[:2]), 150, lambda: log_of(sweep))
+    *tasks, comparing = jobs_of(sweep)
+    assert "JobArrayTaskLimit" in slurm.command("scontrol", "show", "job", tasks[2])
+    cancelled = launcher("cancel", sweep, cwd=submitting, timeout=120)
+    assert cancelled.returncode == 0, cancelled.stderr
+
+    for member in members[:2]:
+        assert [path.name for path in (member / "checkpoints").iterdir()] == [f"step-{len(train_rows(member))}"]
+        assert "exit code 75" in launcher("status", member, cwd=submitting).stdout
+    assert not (members[2] / "config.yaml").exists()
+    assert not (members[2] / "data").exists()
+    for job in (tasks[2], comparing):
+        assert "JobState=CANCELLED" in slurm.command("scontrol", "show", "job", job)
+    until(lambda: not any("ray" in command for command in slurm.processes()), 20, lambda: str(slurm.processes()))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_split_stages_run_one_after_the_other_and_end_at_the_first_failure(
     slurm: Any, submitting: Path, repository: Path
@@ -255,45 +287,55 @@ def test_split_stages_run_one_after_the_other_and_end_at_the_first_failure(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_slurmd_that_is_killed_leaves_an_attempt_that_cannot_write_beside_its_successor(
+def test_a_slurmd_that_is_killed_leaves_an_attempt_that_writes_nothing_beside_its_successor_and_ends(
     slurm: Any, submitting: Path, repository: Path
 ) -> None:
-    training = {"max_steps": 1500, "checkpoint_every": 50, "num_workers": 1}
+    training = {"max_steps": 600, "checkpoint_every": 50, "num_workers": 1}
     config = configure(submitting, repository, training=training, nodes=1)
     run = submitting / "small"
     assert launcher("submit", "slurm", config, "--detach", cwd=submitting).returncode == 0
     (job,) = jobs_of(run)
     until(lambda: len(train_rows(run)) > 100, 120, lambda: log_of(run))
     host = re.search(r"BatchHost=n(\d)", slurm.command("scontrol", "show", "job", job))[1]
-    stopped = stop_training(slurm, host)
+    asleep = processes_of_the_run(slurm, host)
+    for process in asleep:
+        process.send_signal(signal.SIGSTOP)
     try:
-        # The host is lost to Slurm, which starts the job on the other one; the first attempt is only stopped.
+        # The host is lost to Slurm, which starts the job on the other one. Here only the run's own processes sleep;
+        # Slurm's have ended or are deaf, so nobody reads what the attempt says, and nobody ends it.
         assert slurm.act("kill-slurmd", host).returncode == 0
         until((run / "slurm" / f"{job}.1" / "address").exists, 120, lambda: log_of(run))
         held = len(train_rows(run))
         until(lambda: len(train_rows(run)) > held + 20, 120, lambda: log_of(run))
-        for process in stopped:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)
-        until(lambda: "has taken the run over" in log_of(run), 60, lambda: log_of(run))
+        assert all(process.status() == psutil.STATUS_STOPPED for process in asleep)
+        owner = [(run / name).read_text() for name in (".lock", "attempt")]
+        for process in asleep:
+            process.send_signal(signal.SIGCONT)
+        until(lambda: not processes_of_the_run(slurm, host), 30, lambda: str(processes_of_the_run(slurm, host)))
+        assert [(run / name).read_text() for name in (".lock", "attempt")] == owner
         followed = launcher("logs", run, "--follow", cwd=submitting, timeout=300)
     finally:
         slurm.act("kill", host)
         slurm.act("start", host)
     assert followed.returncode == 0, log_of(run)
-    assert [row["step"] for row in train_rows(run)] == list(range(1, 1501))
     assert (run / "report.html").is_file()
+    assert train_rows(run) == sorted(train_rows(run), key=lambda row: row["step"])
+    assert [(row["step"], row["loss"]) for row in train_rows(run)] == undisturbed(run, config, repository)
+    assert len(train_rows(run)) == 600
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert "step-600" in names
+    assert all(name.removeprefix("step-").isdecimal() for name in names)
     assert not (run / "stop").exists()
+    assert not list(run.glob("attempt-*"))
+    assert not list((run / "slurm").rglob("token"))
 
 
-def stop_training(slurm: Any, host: str) -> list[psutil.Process]:
-    """SIGSTOP for the launcher and the workers of a host, as if it slept."""
-    init = psutil.Process(int((slurm.folder / f"n{host}/pid").read_text()))
-    words = ("-m launcher run", "RayTrainWorker")
-    found = [
-        process for process in init.children(recursive=True) if any(w in " ".join(process.cmdline()) for w in words)
-    ]
-    assert len(found) >= 2, [process.cmdline() for process in init.children(recursive=True)]
-    for process in found:
-        process.send_signal(signal.SIGSTOP)
+def processes_of_the_run(slurm: Any, host: str) -> list[psutil.Process]:
+    """The launcher, Ray with its workers, and what started Ray, on a host; none of Slurm's own."""
+    found = []
+    for process in psutil.Process(int((slurm.folder / f"n{host}/pid").read_text())).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            words = " ".join(process.cmdline())
+            if process.name() not in ("srun", "slurmstepd", "bash") and any(w in words for w in ("launcher", "ray")):
+                found.append(process)
     return found

@@ -36,7 +36,7 @@ give_up() {
 }
 
 mkdir -p -- "$folder"
-rm -f -- "$folder/address" "$folder/cause"
+rm -f -- "$folder/address" "$folder/cause" "$run_dir/slurm/$job".*/token # of attempts whose node was lost
 trap 'rm -f -- "$folder/token"' EXIT
 trap 'save requeue' USR1 # time is nearly up: save and go back to the queue
 trap 'save end' TERM     # cancelled, or Slurm itself requeues the job
