@@ -117,10 +117,7 @@ def ray(
     if words:
         words = ray_jobs.absolute_words(words, members_of(config, set_, words, folder), Path.cwd())
         _say(table(members_of(config, set_, words, folder), folder))
-    further = [
-        *(word for text in words for word in ("--sweep", text)),
-        *(["--side-by-side", str(side_by_side)] * bool(words)),
-    ]
+    further = ["--sweep", *words, "--side-by-side", str(side_by_side)] if words else []
     with ray_jobs.connected(address) as client:
         running = ray_jobs.active_job(client, folder)
         if running is None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from typing import Any
 import psutil
 import pytest
 from ray.job_submission import JobDetails
+from typer.testing import CliRunner
 
+from launcher import cli
 from launcher.config import RunConfig, load_config
 from launcher.errors import LauncherError
 from launcher.submit import ray_jobs
@@ -126,6 +128,30 @@ def test_no_secret_goes_with_a_job(repository: Path, tmp_path: Path, monkeypatch
         *("python", "-m", "launcher", "run", "config.yaml", "--run-dir", "/runs/it's a"),
         *("--set", "cluster.address=auto", *words),
     ]
+
+
+def test_the_job_runs_the_whole_sweep(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+
+    class Client:
+        def list_jobs(self) -> list[JobDetails]:
+            return []
+
+        def submit_job(self, **job: Any) -> str:
+            sent.update(job)
+            return "job"
+
+    monkeypatch.setattr(ray_jobs, "connected", lambda _: nullcontext(Client()))
+    monkeypatch.chdir(tmp_path)
+    typed = [str(configure(tmp_path, repository)), "--sweep", "training.lr=1e-3,2e-3", "data.path=a.json"]
+    submitted = CliRunner().invoke(cli.app, ["submit", "ray", *typed, "--address", "http://head:1", "--detach"])
+    assert submitted.exit_code == 0, submitted.output
+    told: list[list[str]] = []
+    monkeypatch.setattr(cli, "_sweep", lambda config, set_, run_dir, words, **_: told.append(words))
+    words = shlex.split(sent["entrypoint"])
+    taken = CliRunner().invoke(cli.app, words[words.index("launcher") + 1 :])
+    assert taken.exit_code == 0, taken.output
+    assert told == [["training.lr=1e-3,2e-3", f'data.path="{tmp_path}/a.json"']]
 
 
 @dataclass
