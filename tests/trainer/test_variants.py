@@ -58,8 +58,9 @@ def test_8_bit_moments_are_not_taken_over_by_another_layout_or_optimizer(train_w
 @pytest.fixture
 def larger_base(tmp_path, tiny_tokenizer):
     """Large enough for DeepSpeed to swap: it leaves tensors below 1 MiB a rank in memory."""
-    sizes = FromScratch(vocab_size=300, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4)
-    build_from_scratch(sizes.model_copy(update={"num_kv_heads": 4}), tiny_tokenizer, seed=0, folder=tmp_path / "base")
+    heads = {"num_heads": 4, "num_kv_heads": 4}
+    sizes = FromScratch(vocab_size=300, hidden_size=256, intermediate_size=512, num_layers=2, **heads)
+    build_from_scratch(sizes, tiny_tokenizer, seed=0, folder=tmp_path / "base")
     return tmp_path / "base"
 
 
