@@ -176,7 +176,8 @@ def test_a_variant_learns_like_the_plain_cell(run_dir_of, variant):
 
 @pytest.mark.slow  # compiles DeepSpeed's CPU optimizer
 def test_offloaded_training_is_the_same_training(tmp_path, run_dir_of, tiny_base, tiny_tokenizer):
-    offloads = {2: {"offload_optimizer": "cpu"}, 3: {"offload_optimizer": "cpu", "offload_parameters": "cpu"}}
+    offloads = {stage: {"offload_optimizer": "cpu"} for stage in (1, 2, 3)}
+    offloads[3] |= {"offload_parameters": "cpu"}
     cells = [("full", stage) for stage in offloads]
     train_all(cells, tmp_path, tiny_base, tiny_tokenizer, offloads)
     for method, stage in cells:

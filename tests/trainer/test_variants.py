@@ -57,27 +57,40 @@ def test_8_bit_moments_are_not_taken_over_by_another_layout_or_optimizer(train_w
 
 @pytest.fixture
 def larger_base(tmp_path, tiny_tokenizer):
-    """Large enough for DeepSpeed to swap: it leaves tensors below 1 MiB a rank in memory."""
+    """Its MLP is large enough for DeepSpeed to swap: it leaves tensors below 1 MiB a rank in memory."""
     heads = {"num_heads": 4, "num_kv_heads": 4}
-    sizes = FromScratch(vocab_size=300, hidden_size=256, intermediate_size=512, num_layers=2, **heads)
+    sizes = FromScratch(vocab_size=300, hidden_size=512, intermediate_size=2048, num_layers=1, **heads)
     build_from_scratch(sizes, tiny_tokenizer, seed=0, folder=tmp_path / "base")
     return tmp_path / "base"
 
 
+@pytest.fixture
+def run_on_disk(tmp_path, larger_base):
+    """A run with its optimizer in memory, and a copy of it with what is named on a disk, killed and gone on with."""
+
+    def of(**on_disk):
+        in_memory = write_run(tmp_path / "memory", larger_base, stage=3)
+        set_options(in_memory, "deepspeed", offload_optimizer="cpu")
+        done = train(in_memory, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        run_dir, disk = fresh_copy(in_memory, tmp_path / "run"), tmp_path / "disk"
+        set_options(run_dir, "deepspeed", nvme_path=str(disk), **on_disk)
+        disk.mkdir()
+        assert train(run_dir, kind="SIGKILL", step=5, timeout=240).returncode != 0
+        swapped = {path.relative_to(disk): path.stat().st_size for path in disk.rglob("*.swp")}
+        shutil.rmtree(disk)
+        disk.mkdir()
+        again = train(run_dir, timeout=240)
+        assert again.returncode == 0, again.stderr[-3000:]
+        return in_memory, run_dir, swapped
+
+    return of
+
+
 @pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="needs libaio and its headers")
-def test_an_optimizer_on_a_disk_trains_the_same_and_is_restored(tmp_path, larger_base):
-    in_memory = write_run(tmp_path / "memory", larger_base, stage=3)
-    set_options(in_memory, "deepspeed", offload_optimizer="cpu")
-    done = train(in_memory, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run_dir, disk = fresh_copy(in_memory, tmp_path / "run"), tmp_path / "disk"
-    disk.mkdir()
-    set_options(run_dir, "deepspeed", offload_optimizer="nvme", nvme_path=str(disk))
-    assert train(run_dir, kind="SIGKILL", step=5, timeout=240).returncode != 0
-    swapped = [path.stat().st_size for path in disk.rglob("*.swp")]
-    assert sum(swapped) > 2**20
-    shutil.rmtree(disk)
-    disk.mkdir()
-    again = train(run_dir, timeout=240)
-    assert again.returncode == 0, again.stderr[-3000:]
+@pytest.mark.parametrize("on_disk", [("offload_optimizer",), ("offload_optimizer", "offload_parameters")])
+def test_what_lies_on_a_disk_trains_the_same_and_is_restored(run_on_disk, on_disk):
+    in_memory, run_dir, swapped = run_on_disk(**dict.fromkeys(on_disk, "nvme"))
+    assert sum(size for path, size in swapped.items() if "optimizer" in str(path)) > 2**20
+    assert any("param" in str(path) for path in swapped) == ("offload_parameters" in on_disk)
     assert_same_run(run_dir, in_memory)
