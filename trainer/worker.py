@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ from trainer.metrics import METRICS, StepTrace, append, cut_after, validation_lo
 from trainer.model import (
     base_folder,
     causal_lm,
-    freed_memory_returned,
     load_base,
+    return_freed_memory,
     return_the_loss,
     use_liger_kernels,
 )
@@ -280,8 +280,9 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     # While this object lives, transformers reads weights into ZeRO-3's parts: no rank keeps the whole model.
     sharded_loading = HfDeepSpeedConfig(settings) if config.deepspeed.stage == 3 else None
     length = config.data.sequence_length
-    with freed_memory_returned() if config.deepspeed.stage == 3 else nullcontext():
-        base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
+    return_freed_memory(1 << 20)
+    base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
+    return_freed_memory(4 << 20)  # training's blocks are made anew in each step
     if config.training.liger_kernels:
         use_liger_kernels(base)
     if config.training.gradient_checkpointing:

@@ -5,17 +5,17 @@ the counts: ZeRO (Rajbhandari et al., arXiv:1910.02054, section 3) for the share
 allocates beside them; Korthikanti et al. (arXiv:2205.05198) for what a layer keeps for its backward pass, counted
 anew for the gated layers with root-mean-square norms that transformers runs.
 
-Compared with ranks that ran on CPUs (tests/benchmarks/memory_estimate.py), told / measured: five full tunings of a
-model of 60 million weights, by which the constants were set, within 15%; other shapes 0.85 (three wide layers), 0.87
-(28 narrow ones), 0.94 (one worker), 1.17 (32,000 words, of which the count takes all tokens for targets); but 0.68 with
-recomputed activations on packs of 1,024 tokens, and 0.58 with LoRA. With LoRA the rest is gaps in glibc's heap between
-large blocks: where MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 1 MiB give blocks back, LoRA took 2.44 GiB
-where 2.86 is told. So on CPUs it is rather a lower bound. It has not been compared on GPUs, whose allocator leaves
-other gaps.
+Compared with ranks that ran on CPUs (tests/benchmarks/memory_estimate.py): what they needed, told over measured, was
+0.97 to 1.10 over twelve shapes (full tuning and LoRA, recomputed activations, ZeRO 0, 2 and 3, one and two ranks, 512
+and 32,000 words, packs of 256 to 1,024 tokens), with freed blocks of 512 KiB (six shapes: 1 MiB) and more given back.
+As the trainer runs, the C library's allocator holds blocks below 4 MiB in gaps besides: seven of these held 0.92 to
+1.37 times what was told, the most where matrices and activations are of just below 4 MiB. It has not been compared on
+GPUs, whose allocator leaves other gaps.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -29,10 +29,8 @@ from trainer.config import LoraTuning, QloraTuning
 GIB = 2**30
 # Measured: a rank on a CPU with torch, DeepSpeed and transformers loaded; a CUDA context with NCCL's buffers.
 FRAMEWORK_BYTES = {"cpu": 700 * 2**20, "cuda": 1536 * 2**20}
-# Measured over four runs of 60 million weights: what a CPU's allocator holds beyond the parts that are counted.
-CPU_ALLOCATOR_SHARE = 0.18
-# Measured / told over the other shapes: what a person is told beside the figure.
-CPU_RANGE = (0.85, 1.7)
+# Held / told over the shapes that were measured: what a person is told beside the figure.
+CPU_RANGE = (0.9, 1.4)
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 FP32 = 4
 # Adam's two moments, in bytes a weight.
@@ -49,7 +47,6 @@ class Memory:
     buffers: int
     activations: int
     logits: int
-    allocator: int
     framework: int
 
     @property
@@ -58,13 +55,14 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Memory:
+def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool, target_share: float = 1.0) -> Memory:
     """Memory of one rank while it trains.
 
     Args:
         config: the run's configuration.
         shape: the base model's sizes.
         on_gpu: whether the rank has a GPU; what is told is then the GPU's memory.
+        target_share: target tokens of all places in the packs, from 0 to 1; only they have logits.
 
     Returns:
         Bytes by part.
@@ -80,17 +78,15 @@ def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Memory:
     optimizer_stays = not on_gpu or config.deepspeed.offload_optimizer == "none"
     weights_stay = not on_gpu or config.deepspeed.offload_parameters == "none"
     weights = (trained * element + frozen_bytes) // (training.num_workers if stage == 3 else 1)
-    activations, logits = _activations(config, shape, element, on_gpu=on_gpu)
-    parts = {
-        "weights": weights * weights_stay,
-        "gradients": _gradients(trained, element, stage, training.num_workers) * optimizer_stays,
-        "optimizer": (masters + MOMENTS[training.optimizer]) * trained // share * optimizer_stays,
-        "buffers": _buffers(config, shape, trained, element, on_gpu=on_gpu),
-        "activations": activations,
-        "logits": logits,
-    }
-    allocator = 0 if on_gpu else int(CPU_ALLOCATOR_SHARE * sum(parts.values()))
-    return Memory(**parts, allocator=allocator, framework=FRAMEWORK_BYTES["cuda" if on_gpu else "cpu"])
+    return Memory(
+        weights=weights * weights_stay,
+        gradients=_gradients(trained, element, stage, training.num_workers) * optimizer_stays,
+        optimizer=(masters + MOMENTS[training.optimizer]) * trained // share * optimizer_stays,
+        buffers=_buffers(config, shape, trained, element, on_gpu=on_gpu),
+        activations=_activations(config, shape, element, on_gpu=on_gpu),
+        logits=_logits(config, shape, element, target_share),
+        framework=FRAMEWORK_BYTES["cuda" if on_gpu else "cpu"],
+    )
 
 
 def host_of(config: RunConfig, shape: Shape) -> int:
@@ -138,8 +134,8 @@ def _buffers(config: RunConfig, shape: Shape, trained: int, element: int, *, on_
     return element * (filled + gathered)
 
 
-def _activations(config: RunConfig, shape: Shape, element: int, *, on_gpu: bool) -> tuple[int, int]:
-    """What the forward pass keeps for the backward pass, and the logits of one chunk with their gradients.
+def _activations(config: RunConfig, shape: Shape, element: int, *, on_gpu: bool) -> int:
+    """What the forward pass keeps for the backward pass.
 
     A layer keeps, for each token: of each norm its input in fp32, its output before and behind the weight; the query,
     key and value, the attention's output twice (as computed, and as the output projection reads it), and of the MLP
@@ -157,9 +153,14 @@ def _activations(config: RunConfig, shape: Shape, element: int, *, on_gpu: bool)
         else shape.num_layers * layer
     )
     ends = shape.hidden * (FP32 + 3 * element)  # the last norm, and the positions that predict
-    # Logits in the model's format, in fp32, the logarithms of their softmax, and the gradient of one of them.
-    chunk = min(training.logits_bytes, tokens * shape.vocab_size * FP32)
-    return tokens * (kept + ends), chunk * (element + 2 * FP32 + element) // FP32
+    return tokens * (kept + ends)
+
+
+def _logits(config: RunConfig, shape: Shape, element: int, target_share: float) -> int:
+    """One chunk's logits in the model's format, in fp32, the logarithms of their softmax, and a gradient of them."""
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    num_chunks = math.ceil(tokens * shape.vocab_size * FP32 / config.training.logits_bytes)
+    return int(tokens * target_share / num_chunks) * shape.vocab_size * (element + 2 * FP32 + element)
 
 
 def nearest_that_fits(config: RunConfig, shape: Shape, limit: int, *, on_gpu: bool) -> str | None:

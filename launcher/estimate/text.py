@@ -40,14 +40,15 @@ def describe(
     if shape is None:
         lines.append(f"memory     unknown: {config.model.name_or_path} is not on this machine, or of an unknown form")
     else:
-        memory, traffic = memory_of(config, shape, on_gpu=on_gpu), traffic_of(config, shape)
+        traffic = traffic_of(config, shape)
+        memory = memory_of(config, shape, on_gpu=on_gpu, target_share=_target_share(config, run_dir))
         lines += [
             f"weights    {shape.num_weights:,}, of which {trained_weights(config, shape):,} are trained",
             f"memory     {in_gib(memory.total)} for each rank: {parts_of(memory)}",
             *(
                 []
                 if on_gpu
-                else [f"           on CPUs, runs took {CPU_RANGE[0]} to {CPU_RANGE[1]} times what was told"]
+                else [f"           on CPUs, runs held {CPU_RANGE[0]} to {CPU_RANGE[1]} times what was told"]
             ),
             f"disk       {in_gib(traffic.checkpoint)} each checkpoint, up to {config.training.keep_checkpoints + 2} at "
             f"a time; {in_gib(traffic.export)} the exported model",
@@ -57,6 +58,15 @@ def describe(
             _failures(config, run_dir, traffic, tokens_per_s),
         ]
     return lines + _steps(config, run_dir, on_gpu=on_gpu, tokens_per_s=tokens_per_s, price=price)
+
+
+def _target_share(config: RunConfig, run_dir: Path) -> float:
+    """Target tokens of all places in the packs; all of them before the data is prepared."""
+    summary = read_json(run_dir / "data" / "summary.json")
+    if summary is None:
+        return 1.0
+    train = summary["splits"]["train"]
+    return float(train["target_tokens"] / (train["packs"] * config.data.sequence_length))
 
 
 def _failures(config: RunConfig, run_dir: Path, traffic: Traffic, tokens_per_s: float | None) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
 from trainer.config import TrainerConfig
-from trainer.model import freed_memory_returned, load_base
+from trainer.model import load_base, return_freed_memory
 from trainer.worker import join
 from trainer.zero import deepspeed_dict
 
@@ -46,8 +46,8 @@ def main():
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with freed_memory_returned():
-        model = load_base(config.model, run_dir, torch.bfloat16, found.device, 512)
+    return_freed_memory(1 << 20)
+    model = load_base(config.model, run_dir, torch.bfloat16, found.device, 512)
     done.set()
     watcher.join()
     del sharded_loading
