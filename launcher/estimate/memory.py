@@ -6,7 +6,7 @@ allocates beside them; Korthikanti et al. (arXiv:2205.05198) for what a layer ke
 anew for the gated layers with root-mean-square norms that transformers runs.
 
 Compared with ranks that ran on CPUs (tests/benchmarks/memory_estimate.py): what they needed, told over measured, was
-0.97 to 1.10 over twelve shapes (full tuning and LoRA, recomputed activations, ZeRO 0, 2 and 3, one and two ranks, 512
+0.97 to 1.08 over twelve shapes (full tuning and LoRA, recomputed activations, ZeRO 0, 2 and 3, one and two ranks, 512
 and 32,000 words, packs of 256 to 1,024 tokens), with freed blocks of 512 KiB (six shapes: 1 MiB) and more given back.
 As the trainer runs, the C library's allocator holds blocks below 4 MiB in gaps besides: seven of these held 0.92 to
 1.37 times what was told, the most where matrices and activations are of just below 4 MiB. It has not been compared on
@@ -78,13 +78,18 @@ def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool, target_share: fl
     optimizer_stays = not on_gpu or config.deepspeed.offload_optimizer == "none"
     weights_stay = not on_gpu or config.deepspeed.offload_parameters == "none"
     weights = (trained * element + frozen_bytes) // (training.num_workers if stage == 3 else 1)
+    activations = _activations(config, shape, element, on_gpu=on_gpu)
+    logits = _logits(config, shape, element, target_share)
+    buffers = _buffers(config, shape, trained, element, on_gpu=on_gpu)
+    if stage == 0:  # filled behind the backward pass, when activations and logits are gone
+        buffers = max(0, buffers - activations - logits)
     return Memory(
         weights=weights * weights_stay,
         gradients=_gradients(trained, element, stage, training.num_workers) * optimizer_stays,
         optimizer=(masters + MOMENTS[training.optimizer]) * trained // share * optimizer_stays,
-        buffers=_buffers(config, shape, trained, element, on_gpu=on_gpu),
-        activations=_activations(config, shape, element, on_gpu=on_gpu),
-        logits=_logits(config, shape, element, target_share),
+        buffers=buffers,
+        activations=activations,
+        logits=logits,
         framework=FRAMEWORK_BYTES["cuda" if on_gpu else "cpu"],
     )
 
