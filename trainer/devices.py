@@ -11,6 +11,14 @@ from pathlib import Path
 from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
 from trainer.errors import TrainerError
 
+# A tracker's module, and what pip installs it by.
+TRACKERS = {
+    "tensorboard": ("tensorboardX", "tensorboardX"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"),
+    "swanlab": ("swanlab", "swanlab"),
+}
+
 
 def device_problems(
     model: ModelConfig, training: TrainingConfig, deepspeed: DeepSpeedConfig, *, on_gpu: bool
@@ -29,6 +37,10 @@ def device_problems(
     found = []
     if deepspeed.nvme_path is not None:
         found += nvme_problems(deepspeed.nvme_path)
+    for tracker in training.trackers:
+        module, packages = TRACKERS[tracker]
+        if find_spec(module) is None:
+            found.append(f"training.trackers needs {module}, which is not installed: pip install {packages}")
     if training.liger_kernels and find_spec("liger_kernel") is None:
         found.append("training.liger_kernels needs liger_kernel, which is not installed: pip install liger-kernel")
     if on_gpu:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from trainer.config import TrainerConfig
-from trainer.errors import TrainerError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +26,7 @@ class TensorBoard:
     """Event files in run_dir/tensorboard."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._writer = library("tensorboardX").SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer = importlib.import_module("tensorboardX").SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """Take the numbers of one step."""
@@ -45,7 +43,7 @@ class WeightsAndBiases:
 
     def __init__(self, config: TrainerConfig, run_dir: Path) -> None:
         training = config.training
-        self._run = library("wandb").init(
+        self._run = importlib.import_module("wandb").init(
             project=training.tracker_project,
             name=run_dir.name,
             dir=run_dir,
@@ -66,7 +64,7 @@ class MLflow:
     """A run of MLflow; offline it lies in run_dir/mlflow.db and mlflow/, else where MLflow's own settings say."""
 
     def __init__(self, config: TrainerConfig, run_dir: Path) -> None:
-        self._mlflow = library("mlflow")
+        self._mlflow = importlib.import_module("mlflow")
         project = config.training.tracker_project
         if config.training.trackers_offline:
             self._mlflow.set_tracking_uri(f"sqlite:///{run_dir.resolve()}/mlflow.db")
@@ -90,7 +88,7 @@ class SwanLab:
 
     def __init__(self, config: TrainerConfig, run_dir: Path) -> None:
         training = config.training
-        self._swanlab = library("swanlab")
+        self._swanlab = importlib.import_module("swanlab")
         self._swanlab.init(
             project=training.tracker_project,
             experiment_name=run_dir.name,
@@ -106,24 +104,6 @@ class SwanLab:
     def close(self) -> None:
         """Write what is still held."""
         self._swanlab.finish()
-
-
-def library(name: str) -> ModuleType:
-    """Import a tracker's library, which is only installed where it is wanted.
-
-    Args:
-        name: Of the module.
-
-    Returns:
-        The module.
-
-    Raises:
-        TrainerError: It is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise TrainerError(f"training.trackers needs {name}, which is not installed: pip install {name}") from error
 
 
 def open_trackers(config: TrainerConfig, run_dir: Path) -> list[Tracker]:

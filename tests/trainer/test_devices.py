@@ -47,6 +47,16 @@ def test_liger_kernels_need_their_package_and_a_gpu(monkeypatch):
     ]
 
 
+def test_a_tracker_whose_library_is_missing_is_told_before_anything_starts(monkeypatch):
+    installed = {"wandb"}
+    monkeypatch.setattr("trainer.devices.find_spec", lambda module: object() if module in installed else None)
+    assert problems(trackers=["wandb", "mlflow"]) == [
+        "training.trackers needs mlflow, which is not installed: pip install mlflow-skinny sqlalchemy alembic"
+    ]
+    installed.add("mlflow")
+    assert problems(trackers=["wandb", "mlflow"]) == []
+
+
 def test_nothing_is_swapped_to_a_folder_that_is_not_there(tmp_path, monkeypatch):
     swapped = {"stage": 3, "offload_optimizer": "nvme", "nvme_path": tmp_path / "disk"}
     (line,) = problems(deepspeed=swapped, on_gpu=True)
