@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.config import TrainerConfig
+from trainer.errors import TrainerError
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +116,33 @@ def open_trackers(config: TrainerConfig, run_dir: Path) -> list[Tracker]:
 
     Returns:
         One object for each.
+
+    Raises:
+        TrainerError: One of them can't be started: there is no key, no network, or no such server.
     """
     opened: list[Tracker] = []
     for name in config.training.trackers:
-        match name:
-            case "tensorboard":
-                opened.append(TensorBoard(run_dir))
-            case "wandb":
-                opened.append(WeightsAndBiases(config, run_dir))
-            case "mlflow":
-                opened.append(MLflow(config, run_dir))
-            case "swanlab":
-                opened.append(SwanLab(config, run_dir))
+        try:
+            opened.append(_opened(name, config, run_dir))
+        except Exception as error:  # each library has its own errors
+            for tracker in opened:
+                tracker.close()
+            raise TrainerError(
+                f"training.trackers: {name} can't be started ({type(error).__name__}: {error}); mend that, take {name} "
+                "out, or set training.trackers_offline: true, which writes into the run's folder"
+            ) from error
     return opened
+
+
+def _opened(name: str, config: TrainerConfig, run_dir: Path) -> Tracker:
+    match name:
+        case "wandb":
+            return WeightsAndBiases(config, run_dir)
+        case "mlflow":
+            return MLflow(config, run_dir)
+        case "swanlab":
+            return SwanLab(config, run_dir)
+    return TensorBoard(run_dir)
 
 
 def log_row(trackers: list[Tracker], row: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from trainer.config import ProfileConfig, TrainerConfig
+from trainer.errors import TrainerError
 from trainer.flops import Arithmetic, arithmetic_of, measured_flops, peak_flops
 from trainer.metrics import StepTrace, append, cut_after, traced, validation_losses
 from trainer.model import load_base
@@ -100,6 +102,15 @@ def test_trackers_write_offline(tmp_path, monkeypatch, tracker, module, written)
     trackers[0].close()
     assert list(run_dir.glob(written))
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_tracker_that_cannot_be_started_is_told_with_the_ways_out(tmp_path, monkeypatch):
+    close = Mock()
+    monkeypatch.setattr("trainer.trackers.TensorBoard.close", close)
+    monkeypatch.setattr("trainer.trackers.WeightsAndBiases", Mock(side_effect=PermissionError("no API key")))
+    with pytest.raises(TrainerError, match=r"wandb can't be started \(PermissionError: no API key\).*trackers_offline"):
+        open_trackers(config(trackers=["tensorboard", "wandb"]), tmp_path)
+    close.assert_called_once_with()
 
 
 def test_a_tracker_that_fails_is_dropped_and_the_others_go_on():
