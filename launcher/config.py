@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from evaluation.config import GenerationConfig, JudgeConfig, ReferenceJudge, ReportConfig
@@ -24,6 +24,7 @@ from trainer.config import (
     TrainerConfig,
     TrainingConfig,
     TuningConfig,
+    refuse_misfits,
 )
 
 Location = tuple[str | int, ...]
@@ -128,6 +129,11 @@ class RunConfig(Section):
     judge: JudgeConfig = ReferenceJudge()
     report: ReportConfig = ReportConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        refuse_misfits(self)
+        return self
 
     @property
     def trainer(self) -> TrainerConfig:
@@ -254,12 +260,30 @@ def _explain(detail: ErrorDetails, path: Path, lines: dict[Location, int], overr
     if detail["type"] == "missing":
         return f"{where}: {_dotted(location)} is missing{_meaning(location)}"
     message = detail["msg"].removeprefix("Value error, ")
+    if not location:  # sections that do not fit together; the message begins with one's key
+        return f"{_where(tuple(message.split()[0].split('.')), path, lines, overridden)}: {message}"
+    if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        kind = (*location, detail["ctx"]["discriminator"].strip("'"))
+        where = where if detail["type"] == "union_tag_not_found" else _where(kind, path, lines, overridden)
+        return f"{where}: {_unknown_kind(kind, detail)}"
     if detail["type"] == "value_error":
         return f"{where}: {_dotted(location)}: {message}"
     message = message[:1].lower() + message[1:]
     given = repr(detail["input"])
     given = given if len(given) <= 60 else given[:57] + "..."
+    if detail["type"] in ("tuple_type", "list_type"):
+        message = "must be a list, such as [a, b]"
     return f"{where}: {_dotted(location)} = {given}: {message}{_meaning(location)}"
+
+
+def _unknown_kind(location: Location, detail: ErrorDetails) -> str:
+    """Which kinds of a section there are (full, lora, ...), where another or none was asked for."""
+    if detail["type"] == "union_tag_not_found":
+        return f"{_dotted(location)} is missing: it says what the other keys of {_dotted(location[:-1])} are for"
+    asked, known = str(detail["ctx"]["tag"]), detail["ctx"]["expected_tags"].replace("'", "")
+    nearest = difflib.get_close_matches(asked.lower(), known.split(", "), 1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{_dotted(location)} = {asked!r}: is none of {known}{hint}"
 
 
 def _where(location: Location, path: Path, lines: dict[Location, int], overridden: set[Location]) -> str:

@@ -186,8 +186,25 @@ def _newest_step(run_dir: Path) -> int:
     return max(sealed_steps(run_dir / "checkpoints"), default=0)
 
 
+def found_by_workers(config: TrainerConfig) -> TrainerConfig:
+    """The configuration with absolute paths, for Ray's workers have working folders of their own.
+
+    Args:
+        config: as it was read; a relative path starts from this process's working folder.
+
+    Returns:
+        The same with the base model's local folder and deepspeed.nvme_path made absolute; a hub id stays.
+    """
+    model, deepspeed = config.model, config.deepspeed
+    if model.name_or_path is not None and Path(model.name_or_path).is_dir():
+        model = model.model_copy(update={"name_or_path": str(Path(model.name_or_path).absolute())})
+    if deepspeed.nvme_path is not None:
+        deepspeed = deepspeed.model_copy(update={"nvme_path": deepspeed.nvme_path.absolute()})
+    return config.model_copy(update={"model": model, "deepspeed": deepspeed})
+
+
 def _trainer(config: TrainerConfig, run_dir: Path, storage: Path, *, use_gpu: bool) -> TorchTrainer:
-    training = config.training
+    training, config = config.training, found_by_workers(config)
     # Ray's stubs still show the first version of its trainer; what runs is the second.
     return TorchTrainer(
         _one_worker,  # type: ignore[arg-type]

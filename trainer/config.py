@@ -6,7 +6,7 @@ Imported by the command line, so it loads nothing heavier than pydantic.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -454,32 +454,57 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.tuning.method == "prompt" and self.data.packing:
-            raise ValueError(
-                "tuning.method prompt puts its vectors in front of a sequence, so a sequence must hold one row: "
-                "set data.packing to false"
-            )
-        if self.training.precision == "fp16" and self.deepspeed.stage == 0:
-            raise ValueError(
-                "training.precision fp16 does not work with deepspeed.stage 0, where DeepSpeed divides gradients by a "
-                "scale that the loss was not multiplied by: use stage 1"
-            )
-        if self.training.optimizer != "adamw" and self.deepspeed.offload_optimizer != "none":
-            raise ValueError(
-                f"training.optimizer {self.training.optimizer} does not work with deepspeed.offload_optimizer, which "
-                "runs DeepSpeed's own AdamW beside the states: use adamw"
-            )
-        if isinstance(self.tuning, QloraTuning) and self.deepspeed.stage == 3:
-            raise ValueError(
-                "tuning.method qlora does not work with deepspeed.stage 3, which can't cut 4-bit weights over ranks: "
-                "use stage 2 (only the adapters have gradients and optimizer states there)"
-            )
-        if isinstance(self.tuning, LoraTuning) and self.tuning.dora and self.deepspeed.stage == 3:
-            raise ValueError(
-                "tuning.dora does not work with deepspeed.stage 3, where PEFT finds no whole adapter to take norms of: "
-                "use stage 2, or rslora in place of dora"
-            )
+        refuse_misfits(self)
         return self
+
+
+class Parts(Protocol):
+    """The sections that must fit together."""
+
+    @property
+    def tuning(self) -> TuningConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def deepspeed(self) -> DeepSpeedConfig: ...
+
+
+def refuse_misfits(config: Parts) -> None:
+    """Refuse sections that are each right and do not work together.
+
+    Args:
+        config: Of the trainer, or of a whole run.
+
+    Raises:
+        ValueError: Two of them do not fit, with what to use instead.
+    """
+    if config.tuning.method == "prompt" and config.data.packing:
+        raise ValueError(
+            "tuning.method prompt puts its vectors in front of a sequence, so a sequence must hold one row: "
+            "set data.packing to false"
+        )
+    if config.training.precision == "fp16" and config.deepspeed.stage == 0:
+        raise ValueError(
+            "training.precision fp16 does not work with deepspeed.stage 0, where DeepSpeed divides gradients by a "
+            "scale that the loss was not multiplied by: use stage 1"
+        )
+    if config.training.optimizer != "adamw" and config.deepspeed.offload_optimizer != "none":
+        raise ValueError(
+            f"training.optimizer {config.training.optimizer} does not work with deepspeed.offload_optimizer, which "
+            "runs DeepSpeed's own AdamW beside the states: use adamw"
+        )
+    if isinstance(config.tuning, QloraTuning) and config.deepspeed.stage == 3:
+        raise ValueError(
+            "tuning.method qlora does not work with deepspeed.stage 3, which can't cut 4-bit weights over ranks: "
+            "use stage 2 (only the adapters have gradients and optimizer states there)"
+        )
+    if isinstance(config.tuning, LoraTuning) and config.tuning.dora and config.deepspeed.stage == 3:
+        raise ValueError(
+            "tuning.dora does not work with deepspeed.stage 3, where PEFT finds no whole adapter to take norms of: "
+            "use stage 2, or rslora in place of dora"
+        )
 
 
 def load_trainer_config(path: Path) -> TrainerConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
 from trainer.errors import TrainerError
 
+PIP = f"{sys.executable} -m pip install"
 # A tracker's module, and what pip installs it by.
 TRACKERS = {
     "tensorboard": ("tensorboardX", "tensorboardX"),
@@ -40,9 +42,9 @@ def device_problems(
     for tracker in training.trackers:
         module, packages = TRACKERS[tracker]
         if find_spec(module) is None:
-            found.append(f"training.trackers needs {module}, which is not installed: pip install {packages}")
+            found.append(f"training.trackers needs {module}, which is not installed: {PIP} {packages}")
     if training.liger_kernels and find_spec("liger_kernel") is None:
-        found.append("training.liger_kernels needs liger_kernel, which is not installed: pip install liger-kernel")
+        found.append(f"training.liger_kernels needs liger_kernel, which is not installed: {PIP} liger-kernel")
     if on_gpu:
         return found
     found += attention_problems(model.attention)

@@ -339,7 +339,10 @@ def _submitted(run: Path) -> list[Job]:
         raise ConfigError(f"{run}: is a file; give the run's folder, run.storage/run.name")
     record = read_json(run / "submitted.json")
     if record is None:
-        raise LauncherError(f"{run}: holds no run that was submitted to Slurm; on a Ray cluster, give its --address")
+        raise LauncherError(
+            f"{run}: holds no run that was submitted to Slurm; on a Ray cluster, give its "
+            "--address; what a run of this machine has done, launcher plan CONFIG tells, stage by stage"
+        )
     return [Job(**job) for job in record["jobs"]]
 
 

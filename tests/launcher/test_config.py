@@ -68,6 +68,38 @@ def test_a_key_of_another_type_says_which(tmp_path: Path) -> None:
     assert problem == "--set: unknown key judge.canary_limit here: it goes with judge of type: api, type: vllm"
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["tuning.method=qlora", "deepspeed.stage=3"], "tuning.method qlora does not work with deepspeed.stage 3"),
+        (["tuning={method: lora, dora: true}", "deepspeed.stage=3"], "tuning.dora does not work with deepspeed.stage"),
+        (["tuning.method=prompt"], "set data.packing to false"),
+        (["training.precision=fp16", "deepspeed.stage=0"], "use stage 1"),
+        (["training.optimizer=adamw_8bit", "deepspeed.offload_optimizer=cpu"], "use adamw"),
+    ],
+)
+def test_sections_that_do_not_fit_together_are_told_when_the_file_is_read(
+    tmp_path: Path, settings: list[str], words: str
+) -> None:
+    (problem,) = problems(tmp_path, MINIMAL, *settings)
+    assert problem.startswith("--set: ")
+    assert words in problem
+    (problem,) = problems(tmp_path, MINIMAL + "tuning:\n  method: qlora\ndeepspeed: {stage: 3}\n")
+    assert problem.startswith(f"{tmp_path}/run.yaml:7: tuning.method qlora")
+
+
+def test_a_kind_that_is_missing_or_unknown_is_told_by_its_key(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, MINIMAL, "tuning.rank=8")
+    assert problem == "--set: tuning.method is missing: it says what the other keys of tuning are for"
+    (problem,) = problems(tmp_path, MINIMAL + "tuning:\n  method: LoRA\n")
+    assert problem == (
+        f"{tmp_path}/run.yaml:7: tuning.method = 'LoRA': "
+        "is none of full, freeze, lora, qlora, prompt; did you mean lora?"
+    )
+    (problem,) = problems(tmp_path, MINIMAL, "training.trackers=wandb")
+    assert problem.startswith("--set: training.trackers = 'wandb': must be a list, such as [a, b]")
+
+
 def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
     found = problems(
         tmp_path,

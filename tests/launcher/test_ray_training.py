@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from launcher.ray_training import Resume, Retry, Stop, decide, workers_for
-from trainer.config import TrainingConfig
+from launcher.ray_training import Resume, Retry, Stop, decide, found_by_workers, workers_for
+from trainer.config import TrainerConfig, TrainingConfig
 from trainer.errors import Preempted, TrainerError
 
 
 def failed(**by_rank: Exception) -> WorkerGroupError:
     failures = {int(rank[1:]): UserExceptionWithTraceback(cause, "trace") for rank, cause in by_rank.items()}
     return WorkerGroupError("workers failed", failures)
+
+
+def test_workers_with_folders_of_their_own_find_what_is_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    sections = {"data": {"path": "rows.json"}, "deepspeed": {"nvme_path": "disk", "stage": 3}}
+    sections["deepspeed"] |= {"offload_optimizer": "nvme"}
+    local = TrainerConfig.model_validate(sections | {"model": {"name_or_path": "model"}})
+    assert found_by_workers(local).model.name_or_path == f"{tmp_path}/model"
+    assert found_by_workers(local).deepspeed.nvme_path == tmp_path / "disk"
+    far = TrainerConfig.model_validate(sections | {"model": {"name_or_path": "owner/name"}})
+    assert found_by_workers(far).model.name_or_path == "owner/name"
 
 
 def test_a_lost_worker_is_replaced() -> None:

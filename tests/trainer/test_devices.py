@@ -38,7 +38,8 @@ def test_what_runs_on_cpus_is_not_refused():
 def test_liger_kernels_need_their_package_and_a_gpu(monkeypatch):
     monkeypatch.setattr("trainer.devices.find_spec", lambda _: None)
     assert problems(liger_kernels=True, on_gpu=True) == [
-        "training.liger_kernels needs liger_kernel, which is not installed: pip install liger-kernel"
+        "training.liger_kernels needs liger_kernel, which is not installed: "
+        f"{sys.executable} -m pip install liger-kernel"
     ]
     monkeypatch.setattr("trainer.devices.find_spec", lambda _: object())
     assert problems(liger_kernels=True, on_gpu=True) == []
@@ -51,7 +52,8 @@ def test_a_tracker_whose_library_is_missing_is_told_before_anything_starts(monke
     installed = {"wandb"}
     monkeypatch.setattr("trainer.devices.find_spec", lambda module: object() if module in installed else None)
     assert problems(trackers=["wandb", "mlflow"]) == [
-        "training.trackers needs mlflow, which is not installed: pip install mlflow-skinny sqlalchemy alembic"
+        "training.trackers needs mlflow, which is not installed: "
+        f"{sys.executable} -m pip install mlflow-skinny sqlalchemy alembic"
     ]
     installed.add("mlflow")
     assert problems(trackers=["wandb", "mlflow"]) == []
