@@ -113,7 +113,8 @@ def describe(
 def _data_problems(path: Path) -> list[str]:
     if not path.exists():
         hint = f"; make it with: launcher make-quickstart-data {path}" if path.name == "quickstart-data.json" else ""
-        return [f"data: {path}: no such file or folder{hint}"]
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        return [f"data: {path}: no such file or folder{place}{hint}"]
     if path.is_file() and path.stat().st_size == 0:
         return [f"data: {path}: is empty"]
     return []
