@@ -263,7 +263,8 @@ def _explain(detail: ErrorDetails, path: Path, lines: dict[Location, int], overr
     if not location:  # sections that do not fit together; the message begins with one's key
         return f"{_where(tuple(message.split()[0].split('.')), path, lines, overridden)}: {message}"
     if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        kind = (*location, detail["ctx"]["discriminator"].strip("'"))
+        key = detail["ctx"]["discriminator"]  # a quoted key, or a function that looks at `type`
+        kind = (*location, key.strip("'") if key.startswith("'") else "type")
         where = where if detail["type"] == "union_tag_not_found" else _where(kind, path, lines, overridden)
         return f"{where}: {_unknown_kind(kind, detail)}"
     if detail["type"] == "value_error":
