@@ -223,7 +223,7 @@ class _Work:
             case "export":
                 from transformers.utils.logging import disable_progress_bar
 
-                from trainer.export import export
+                from trainer.export.stage import export
 
                 disable_progress_bar()
                 return export(config.trainer, run_dir)

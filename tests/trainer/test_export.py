@@ -11,15 +11,15 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.splits import write_split
-from trainer import export as export_module
 from trainer import sealed
 from trainer.base_files import base_digests
 from trainer.config import ExportConfig, FromScratch, TrainerConfig
 from trainer.data.shards import PackedSplit
 from trainer.data.templates import set_template
 from trainer.errors import TrainerError
-from trainer.export import export
-from trainer.export_gate import check_loss, disagreement, row_by_row_loss
+from trainer.export import stage as export_module
+from trainer.export.check import check_loss, disagreement, row_by_row_loss
+from trainer.export.stage import export
 from trainer.scratch import build_from_scratch
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.splits import write_split
 from trainer.config import TrainerConfig
-from trainer.export import export
+from trainer.export.stage import export
 
 STEPS = 20
 METHODS = {

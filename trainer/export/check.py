@@ -218,7 +218,7 @@ def ask_vllm(model: Path | str, adapter: Path | None, rank: int, prompts: list[l
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "question.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(question), encoding="utf-8")
-        command = [sys.executable, "-m", "trainer.ask_vllm", str(asked), str(answered)]
+        command = [sys.executable, "-m", "trainer.export.ask_vllm", str(asked), str(answered)]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S, check=False
         )

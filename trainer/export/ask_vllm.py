@@ -1,6 +1,6 @@
 """A process of its own that asks vLLM: reads a question as JSON from a file, writes the answers to another.
 
-    python -m trainer.ask_vllm QUESTION.json ANSWERS.json
+    python -m trainer.export.ask_vllm QUESTION.json ANSWERS.json
 
 The question holds `model`, `adapter` (or null), `adapter_rank`, `prompts` (token ids), `max_tokens`, `engine` (further
 engine arguments). What comes back holds `answers`, of each prompt the `token_ids` chosen greedily and their `logprobs`,

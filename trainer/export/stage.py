@@ -28,7 +28,7 @@ from trainer.base_files import base_digests, refuse_other_base
 from trainer.config import LoraTuning, PromptTuning, QloraTuning, TrainerConfig
 from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
-from trainer.export_gate import (
+from trainer.export.check import (
     TOLERANCES,
     Served,
     ask_vllm,

@@ -1,0 +1,1 @@
+"""The export stage: a checkpoint becomes a Hugging Face folder that was loaded again and compared with the training."""
