@@ -47,6 +47,7 @@ LAYOUT = {
         "max_failures",
         "hang_timeout_s",
     },
+    "export": {"tensor_parallel_size", "gpu_memory_share"},
     "generation": {
         "engines",
         "tensor_parallel_size",
