@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launcher.config import RunConfig
 from launcher.errors import ConfigError, LauncherError
-from launcher.ray_cluster import Resources, check_fits
+from launcher.ray_cluster import Resources, check_fits, cluster_resources
 from launcher.stages import Stage, versions
 from launcher.storage import probe
 
@@ -54,7 +54,7 @@ def wait_until_fit(
     if problems:
         raise LauncherError("the cluster's nodes are not fit for this run:\n" + "\n".join(problems))
     say(f"cluster: {len(nodes)} nodes see {run_dir} and have the same versions")
-    return _resources()
+    return cluster_resources()
 
 
 def problems_of(found: Mapping[str, Found | str], here: Mapping[str, str], run_dir: Path) -> list[str]:
@@ -94,10 +94,9 @@ def _missing(config: RunConfig, stages: Collection[Stage]) -> str | None:
     wanted, there = config.cluster.num_nodes or 1, len(_alive())
     if there < wanted:
         return f"cluster.num_nodes: {wanted} nodes are asked, {there} have joined"
-    free = ray.available_resources()
     try:
-        check_fits(config, _resources(), stages)
-        check_fits(config, Resources(int(free.get("CPU", 0)), int(free.get("GPU", 0))), stages)
+        check_fits(config, cluster_resources(), stages)
+        check_fits(config, cluster_resources(free=True), stages)
     except ConfigError as error:
         return str(error)
     return None
@@ -105,11 +104,6 @@ def _missing(config: RunConfig, stages: Collection[Stage]) -> str | None:
 
 def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _resources() -> Resources:
-    there = ray.cluster_resources()
-    return Resources(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
 
 
 def _holders() -> str:

@@ -6,15 +6,16 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.config import GenerationConfig, VllmJudge
 from launcher.config import ClusterConfig, RunConfig
 from launcher.errors import ConfigError
+from launcher.gpus import visible_gpus
+from launcher.placement import Node, groups_of, problem_of
 from launcher.stages import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -23,16 +24,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """What there is to place workers on."""
+    """What there is to place workers and engines on.
+
+    Attributes:
+        num_cpus: CPUs of all nodes.
+        num_gpus: GPUs of all nodes.
+        nodes: Each node's own; empty where there is one node.
+        gpu_memory: Memory of the smallest GPU, in bytes; None where it is not known.
+        source: Where this is known from, in words.
+    """
 
     num_cpus: int
     num_gpus: int
+    nodes: tuple[Node, ...] = ()
+    gpu_memory: int | None = None
+    source: str = "this machine"
+
+    @property
+    def by_node(self) -> tuple[Node, ...]:
+        """Each node's own."""
+        return self.nodes or (Node(self.num_cpus, self.num_gpus, self.source),)
 
 
 def local_resources() -> Resources:
-    """The CPUs this process may use, and the NVIDIA GPUs that the driver lists; loads nothing."""
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return Resources(len(os.sched_getaffinity(0)), len(list(gpus.iterdir())) if gpus.is_dir() else 0)
+    """The CPUs this process may use, and the GPUs that CUDA gives it; loads nothing heavy."""
+    gpus = visible_gpus()
+    memory = min((gpu.memory for gpu in gpus), default=None)
+    return Resources(len(os.sched_getaffinity(0)), len(gpus), gpu_memory=memory)
+
+
+def together(nodes: Iterable[Node], source: str, gpu_memory: int | None = None) -> Resources:
+    """The resources of these nodes."""
+    each = tuple(nodes)
+    num_cpus, num_gpus = sum(node.num_cpus for node in each), sum(node.num_gpus for node in each)
+    return Resources(num_cpus, num_gpus, each, gpu_memory, source)
+
+
+def cluster_resources(*, free: bool = False) -> Resources:
+    """What the connected Ray cluster has, node by node.
+
+    Args:
+        free: count only what nobody holds.
+
+    Returns:
+        The resources.
+    """
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    unheld = available_resources_per_node() if free else {}
+    return together(
+        (
+            Node(int(has.get("CPU", 0)), int(has.get("GPU", 0)), str(node["NodeManagerHostname"]))
+            for node in ray.nodes()
+            if node["Alive"]
+            for has in [unheld.get(node["NodeID"], {}) if free else node["Resources"]]
+        ),
+        "the cluster",
+    )
 
 
 def uses_gpus(config: ClusterConfig, resources: Resources) -> bool:
@@ -51,27 +100,8 @@ def misfits(config: RunConfig, resources: Resources, stages: Collection[Stage] =
     Returns:
         A line for each.
     """
-    on_gpu = uses_gpus(config.cluster, resources)
-    kind, there = ("GPUs", resources.num_gpus) if on_gpu else ("CPUs", resources.num_cpus)
-    asked = []
-    if "train" in stages:
-        training = config.training
-        needed = training.num_workers * (1 if on_gpu else training.threads_per_worker)
-        asked.append(("training.num_workers", training.num_workers, needed))
-    engines: list[tuple[str, GenerationConfig | VllmJudge]] = []
-    if "generate" in stages:
-        engines.append(("generation", config.generation))
-    if "judge" in stages and isinstance(config.judge, VllmJudge):
-        engines.append(("judge", config.judge))
-    for section, of in engines:
-        each = of.tensor_parallel_size if on_gpu else of.cpus_per_engine
-        asked.append((f"{section}.engines", of.engines, of.engines * each))
-    way_out = "ask for fewer, or name a larger cluster in cluster.address"
-    return [
-        f"{key} = {value} needs {needed} {kind}; there are {there}; {way_out}"
-        for key, value, needed in asked
-        if needed > there
-    ]
+    groups = groups_of(config, stages, on_gpu=uses_gpus(config.cluster, resources))
+    return [found for group in groups if (found := problem_of(group, resources.by_node)) is not None]
 
 
 def check_fits(config: RunConfig, resources: Resources, stages: Collection[Stage] = STAGES) -> None:
@@ -112,6 +142,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[Resources]:
             os.environ.update(_local_environment(folder))
             # Ray opens its own folder to everybody, so it stands inside one that is private.
             options: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": str(folder / "ray")}
+            # Ray counts CUDA_VISIBLE_DEVICES=-1 as one GPU, and two instances of one GPU as one.
+            options["num_gpus"] = 0 if config.device == "cpu" else local_resources().num_gpus
         else:
             options = {"address": config.address}
 
@@ -129,8 +161,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[Resources]:
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"cluster.address = {config.address!r}: no Ray cluster answers there: {error}") from None
         held.callback(_stop, [process for process in psutil.Process().children() if process not in others])
-        there = ray.cluster_resources()
-        yield Resources(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+        yield cluster_resources()
 
 
 def _stop(started: list[psutil.Process]) -> None:

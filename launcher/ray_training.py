@@ -17,10 +17,14 @@ from typing import Any
 import ray.train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import trainer.errors
 from launcher.errors import LauncherError, Preempted
+from launcher.placement import Group, in_words, room
+from launcher.ray_cluster import cluster_resources
 from trainer.config import TrainerConfig, TrainingConfig
 from trainer.errors import TrainerError
 from trainer.stored import sealed_steps
@@ -124,12 +128,18 @@ def train_on_ray(
         Preempted: when the workers were asked to stop, and have saved.
     """
     failures = stalled = 0
+    group = group_of(config.training, use_gpu=use_gpu)
+    if room(group, cluster_resources().by_node) < group.count:
+        config = _with_workers_left(config, use_gpu=use_gpu, wait_s=wait_s, notify=notify, node_lost_s=0)
     while True:
         begun_at = _newest_step(run_dir)
         with tempfile.TemporaryDirectory(prefix="attempt-", dir=run_dir) as storage:
             try:
                 return _watch(_trainer(config, run_dir, Path(storage), use_gpu=use_gpu), tick)
             except TrainingFailedError as error:
+                if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                    config = _after_no_place(config, use_gpu=use_gpu, wait_s=wait_s, notify=notify)
+                    continue
                 failures += 1
                 stalled = stalled + 1 if _newest_step(run_dir) == begun_at else 0
                 match decide(error, failures, stalled, config.training.max_failures):
@@ -148,32 +158,66 @@ def train_on_ray(
 
 
 def _with_workers_left(
-    config: TrainerConfig, *, use_gpu: bool, wait_s: float, notify: Callable[[str], None]
+    config: TrainerConfig,
+    *,
+    use_gpu: bool,
+    wait_s: float,
+    notify: Callable[[str], None],
+    node_lost_s: float = NODE_LOST_S,
 ) -> TrainerConfig:
     """The configuration with as many workers as can be placed now; waits where that are too few."""
     training = config.training
+    group = group_of(training, use_gpu=use_gpu)
     if training.min_workers is not None:
-        deadline = time.monotonic() + NODE_LOST_S
-        while _room(training, use_gpu=use_gpu) >= training.num_workers and time.monotonic() < deadline:
+        deadline = time.monotonic() + node_lost_s
+        while room(group, cluster_resources().by_node) >= group.count and time.monotonic() < deadline:
             time.sleep(0.5)
     deadline = time.monotonic() + wait_s
-    while (workers := workers_for(training, room := _room(training, use_gpu=use_gpu))) is None:
+    while (workers := workers_for(training, fit := room(group, nodes := cluster_resources().by_node))) is None:
         if time.monotonic() >= deadline:
             raise LauncherError(
-                f"training stopped: {training.num_workers} workers are asked and the cluster has room for {room}, "
-                f"after {wait_s:g} s (cluster.wait_s); training.min_workers lets fewer go on; the same command goes on "
-                f"from the newest checkpoint"
+                f"training stopped: {group} are needed for {training.num_workers} workers, and the cluster has room "
+                f"for {fit}, after {wait_s:g} s (cluster.wait_s): {'; '.join(in_words(nodes))}; training.min_workers "
+                f"lets fewer go on; the same command resumes from the newest checkpoint"
             )
         time.sleep(1)
     if workers == training.num_workers:
         return config
-    notify(f"the cluster has room for {room} workers: training goes on with {workers} (training.min_workers)")
+    notify(f"the cluster has room for {fit} workers: training goes on with {workers} (training.min_workers)")
     return config.model_copy(update={"training": training.model_copy(update={"num_workers": workers})})
 
 
-def _room(training: TrainingConfig, *, use_gpu: bool) -> int:
-    there = ray.cluster_resources()
-    return int(there.get("GPU", 0)) if use_gpu else int(there.get("CPU", 0)) // training.threads_per_worker
+def group_of(training: TrainingConfig, *, use_gpu: bool) -> Group:
+    """What Ray Train asks for: a bundle of CPUs, and a GPU, for each worker.
+
+    Args:
+        training: the training section.
+        use_gpu: whether each worker gets a GPU.
+
+    Returns:
+        The group of workers.
+    """
+    return Group("training.num_workers", training.num_workers, training.threads_per_worker, int(use_gpu))
+
+
+def _after_no_place(
+    config: TrainerConfig, *, use_gpu: bool, wait_s: float, notify: Callable[[str], None]
+) -> TrainerConfig:
+    """The configuration for another attempt after Ray Train found no place for the workers.
+
+    Raises:
+        LauncherError: the nodes could hold them, so other work does; or no node came in time.
+    """
+    group = group_of(config.training, use_gpu=use_gpu)
+    has, free = cluster_resources().by_node, cluster_resources(free=True).by_node
+    if room(group, has) < group.count:
+        return _with_workers_left(config, use_gpu=use_gpu, wait_s=wait_s, notify=notify, node_lost_s=0)
+    raise LauncherError(
+        f"training stopped: {group} are needed and could not be placed in the time that Ray Train gives the workers to "
+        f"start ({WORKER_GROUP_START_TIMEOUT_S_ENV_VAR}): {'; '.join(in_words(has))}; free now: "
+        f"{'; '.join(in_words(free))}. Wait until other work has ended, or lower training.num_workers or "
+        f"training.threads_per_worker; the same command resumes from the newest checkpoint"
+    )
 
 
 def _where_stacks_are(run_dir: Path) -> str:
