@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ from launcher.errors import ConfigError, LauncherError
 from launcher.run_directory import open_run_directory, read_json, write_atomically, write_json
 from launcher.stages import STAGES, Finished, state_of
 from launcher.submit.config import SlurmConfig
-from launcher.submit.script import Place, Script, split_run, whole_run, whole_sweep
+from launcher.submit.needs import asks_for_gpus, notes
+from launcher.submit.script import Place, Script, check_job, parts_of, split_run, whole_run, whole_sweep
 from launcher.submit.slurm import Job
 from launcher.submit.sweep import Member, members_of, table, write_members
 
@@ -78,11 +80,12 @@ def slurm(
     words = sweep_words(sweep, more)
     if words and split_stages:
         raise ConfigError("--sweep and --split-stages: give one of them; a sweep's members are one job each")
-    request = _request(config, set_, run_dir, nodes, words, side_by_side=side_by_side, split=split_stages)
+    request = _request(
+        config, set_, run_dir, nodes, words, side_by_side=side_by_side, split=split_stages, check_all=not print_
+    )
     if print_:
         _print_scripts(request)
         return
-    _check_request(request)
     folder = request.place.run_dir
     jobs = _active_jobs(folder)
     if jobs is None:
@@ -234,15 +237,18 @@ def _request(
     *,
     side_by_side: int | None,
     split: bool,
+    check_all: bool,
 ) -> _Request:
     loaded = with_site(load_config(config, overrides), nodes)
     place = Place((run_dir or loaded.run.directory).resolve(), Path.cwd(), sys.executable)
-    if words:
-        found = members_of(config, overrides, words, place.run_dir)
-        members = [replace(member, config=with_site(member.config, nodes)) for member in found]
-        scripts = whole_sweep(loaded, place, [member.name for member in members], side_by_side)
-        return _Request(loaded, place, scripts, members)
-    return _Request(loaded, place, split_run(loaded, place) if split else whole_run(loaded, place), [])
+    found = members_of(config, overrides, words, place.run_dir) if words else []
+    members = [replace(member, config=with_site(member.config, nodes)) for member in found]
+    _check_request([member.config for member in members] or [loaded], split=split, check_all=check_all)
+    if members:
+        scripts = whole_sweep(loaded, place, {member.name: member.config for member in members}, side_by_side)
+    else:
+        scripts = split_run(loaded, place) if split else whole_run(loaded, place)
+    return _Request(loaded, place, scripts, members)
 
 
 def _print_scripts(request: _Request) -> None:
@@ -252,17 +258,31 @@ def _print_scripts(request: _Request) -> None:
         if len(request.scripts) > 1:
             waits = {"": "", "afterok": ", when the one before it has succeeded", "afterany": ", when all have ended"}
             _say(f"--- {script.name}.sh{waits[script.after]}")
+        _say_what_is_asked(request, script)
         typer.echo(script.text, nl=False)
 
 
-def _check_request(request: _Request) -> None:
-    from launcher import plan
-    from launcher.submit import slurm as queue
+def _say_what_is_asked(request: _Request, script: Script) -> None:
+    for line in notes(request.config, script.slurm, script.stages):
+        _say(f"{script.name}: {line}")
 
-    for config in [member.config for member in request.members] or [request.config]:
-        plan.check(config)
-        for script in request.scripts:
-            queue.check_fits_job(config, script)
+
+def _check_request(configs: Sequence[RunConfig], *, split: bool, check_all: bool) -> None:
+    """Refuse everything that is known to be wrong with the run and with what its jobs ask for, at once."""
+    from launcher import plan
+
+    found: dict[str, None] = {}
+    for config in configs:
+        checks = [partial(plan.check, config)] if check_all else []
+        parts = parts_of(config) if split else [STAGES]
+        checks += [partial(check_job, config, part, split=split) for part in parts]
+        for check in checks:
+            try:
+                check()
+            except ConfigError as error:
+                found |= dict.fromkeys(line for line in str(error).splitlines() if line != "nothing was started")
+    if found:
+        raise ConfigError("\n".join([*found, "nothing was submitted"]))
 
 
 def _submit(request: _Request) -> list[Job]:
@@ -278,6 +298,8 @@ def _submit(request: _Request) -> list[Job]:
         if len(scripts) > 1 and not request.members:
             left = [stage for stage in STAGES if not isinstance(state_of(stage, request.config, folder), Finished)]
             scripts = split_run(request.config, request.place, left or ["report"])
+        for script in scripts:
+            _say_what_is_asked(request, script)
         jobs = queue.submit(scripts, folder)
         _record(folder, jobs)
         for job in jobs:
@@ -292,7 +314,7 @@ def _listed(jobs: Sequence[Job]) -> str:
 
 
 def with_site(config: RunConfig, nodes: int | None) -> RunConfig:
-    """Lay cluster.slurm over the site's file, and the number of nodes over both.
+    """Lay cluster.slurm over the site's file, and the number of nodes over both; GPUs that are asked for are used.
 
     Args:
         config: the configuration as loaded.
@@ -312,7 +334,10 @@ def with_site(config: RunConfig, nodes: int | None) -> RunConfig:
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise ConfigError("\n".join([f"{path}, with cluster.slurm laid over it:", *lines])) from None
-    cluster = config.cluster.model_copy(update={"slurm": merged, "address": "auto"})
+    device = config.cluster.device
+    if device == "auto" and asks_for_gpus(merged):
+        device = "cuda"  # this machine may have none; those of the job count
+    cluster = config.cluster.model_copy(update={"slurm": merged, "address": "auto", "device": device})
     return config.model_copy(update={"cluster": cluster})
 
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from trainer.config import Section
 
 # What goes into an #SBATCH line: nothing that its parser or a shell would read as the end of a word.
 SlurmWord = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@%+=&|()\[\]*!/-]+$", max_length=500)]
 SlurmOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][A-Za-z0-9_.,:@%+=&|()\[\]*!/-]*$", max_length=500)]
-SlurmTime = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
+
+
+def _as_word(value: object) -> object:
+    """A bare number as the word that Slurm reads: `gpus_per_node: 8`, `mem: 0`."""
+    return str(value) if type(value) is int else value
+
+
+def _no_number(value: object) -> object:
+    if type(value) is int:
+        raise ValueError(f'{value} is a number, and YAML reads 1:30:00 as one too; put the time in quotes: "1:30:00"')
+    return value
+
+
+SlurmCount = Annotated[SlurmWord, BeforeValidator(_as_word)]
+SlurmTime = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$"), BeforeValidator(_no_number)]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4000)]
 
@@ -37,10 +51,20 @@ class SlurmConfig(Section):
     qos: SlurmWord | None = Field(None, description="Quality of service.")
     constraint: SlurmWord | None = Field(None, description="Features that the nodes must have.")
     time: SlurmTime | None = Field(None, description="Time limit: minutes, H:MM:SS or D-H:MM:SS.")
-    cpus_per_node: int | None = Field(None, ge=1, description="CPUs of each node; null is the partition's default.")
-    gpus_per_node: SlurmWord | None = Field(None, description="GPUs of each node: a number, or type:number.")
-    gres: SlurmWord | None = Field(None, description="Generic resources of each node, where gpus_per_node is not used.")
-    mem: SlurmWord | None = Field(None, description="Memory of each node, such as 900G; 0 asks for all of it.")
+    cpus_per_node: int | None = Field(
+        None, ge=1, description="CPUs of each node; null asks for what workers and engines need."
+    )
+    gpus_per_node: SlurmCount | None = Field(
+        None, description="GPUs of each node: a number, or type:number; null asks for what workers and engines need."
+    )
+    gres: SlurmWord | None = Field(
+        None, description="Generic resources of each node, such as gpu:h100:8, where a site has no gpus_per_node."
+    )
+    mem: SlurmCount | None = Field(
+        None,
+        description="Memory of each node, such as 900G; 0 asks for all of it; null is the partition's default, or all "
+        "of a node that is taken whole (exclusive).",
+    )
     exclusive: bool = Field(False, description="Take whole nodes.")
     options: tuple[SlurmOption, ...] = Field((), description="Further sbatch options, such as --reservation=name.")
     container: SlurmContainer | None = Field(None, description="Image that everything runs in; null runs on the node.")
@@ -60,6 +84,14 @@ class SlurmConfig(Section):
     start_s: int = Field(600, ge=10, description="Longest wait for Ray on all nodes, in seconds.")
     signal_s: int = Field(300, ge=30, le=65_535, description="Seconds before the time limit at which the run saves.")
     max_requeues: int = Field(3, ge=0, description="Times that the job goes back to the queue to go on.")
+
+    @model_validator(mode="after")
+    def _gpus_once(self) -> Self:
+        if self.gpus_per_node is not None and any(word.startswith("gpu") for word in (self.gres or "").split(",")):
+            raise ValueError(
+                f"gpus_per_node ({self.gpus_per_node}) and gres ({self.gres}) both ask for GPUs: give one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_secrets(self) -> Self:
@@ -97,8 +129,8 @@ class StageResources(Section):
 
     nodes: int | None = Field(None, ge=1, le=10_000, description="Nodes of the stage's job.")
     cpus: int | None = Field(None, ge=1, description="CPUs of each node.")
-    gpus: SlurmWord | None = Field(None, description="GPUs of each node: a number, or type:number; 0 asks for none.")
-    memory: SlurmWord | None = Field(None, description="Memory of each node, such as 64G.")
+    gpus: SlurmCount | None = Field(None, description="GPUs of each node: a number, or type:number; 0 asks for none.")
+    memory: SlurmCount | None = Field(None, description="Memory of each node, such as 64G.")
     partition: SlurmWord | None = Field(None, description="Partition.")
     qos: SlurmWord | None = Field(None, description="Quality of service.")
     constraint: SlurmWord | None = Field(None, description="Features that the nodes must have.")

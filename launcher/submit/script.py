@@ -17,12 +17,13 @@ from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.stages import STAGES, Stage
 from launcher.submit.config import SlurmConfig
+from launcher.submit.needs import asks_for_gpus, gpus_asked, most_of, needs_of, nodes_used, with_needs
 
 # A job sees these of the submitting environment, and what the configuration names; never all of it.
 ALWAYS_PASSED = ("HOME", "PATH", "USER", "LOGNAME", "LANG", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE")
 # Where a job of its own begins under --split-stages; so does it at each stage that cluster.stages names.
 PARTS: tuple[Stage, ...] = ("prepare", "train", "generate", "report")
-# These need neither several nodes nor GPUs.
+# These need neither several nodes nor whole ones.
 LIGHT: tuple[Stage, ...] = ("prepare", "report")
 NO_GPUS = {"gpus_per_node": None, "gres": None}
 
@@ -85,7 +86,7 @@ def whole_run(config: RunConfig, place: Place) -> list[Script]:
     Returns:
         One script.
     """
-    slurm = slurm_of(config)
+    slurm = with_needs(config, slurm_of(config))
     return [Script("job", _run_script(config, slurm, place), STAGES, slurm)]
 
 
@@ -104,29 +105,32 @@ def split_run(config: RunConfig, place: Place, stages: Sequence[Stage] = STAGES)
     for part in parts_of(config):
         if not set(part) & set(stages):
             continue
-        slurm = resources_of(config, part[0])
+        slurm = with_needs(config, resources_of(config, part), part)
         text = _run_script(config, slurm, place, name=f"{config.run.name}-{part[0]}", stages=part)
         scripts.append(Script(part[0], text, part, slurm, after="afterok" if scripts else ""))
     return scripts
 
 
-def whole_sweep(config: RunConfig, place: Place, members: Sequence[str], at_once: int | None = None) -> list[Script]:
+def whole_sweep(
+    config: RunConfig, place: Place, members: Mapping[str, RunConfig], at_once: int | None = None
+) -> list[Script]:
     """A sweep as a job array, with a comparison that waits until all of it has ended.
 
     Args:
-        config: what all members ask of Slurm.
+        config: the run's configuration without a member's settings.
         place: where the sweep's files are.
-        members: names of the members' folders in the sweep's; the index in this list is the task's.
+        members: each member's configuration by its folder's name in the sweep's; the position is the task's number.
         at_once: most members that run at a time; None leaves it to Slurm.
 
     Returns:
-        The two scripts.
+        The two scripts; a task of the array is asked for what the largest member needs.
     """
-    slurm, light = slurm_of(config), resources_of(config, "report")
-    members = tuple(members)
-    array = _run_script(config, slurm, place, members=members, at_once=at_once)
+    slurm = most_of([with_needs(member, slurm_of(member)) for member in members.values()])
+    light = with_needs(config, resources_of(config, ("report",)), ("report",))
+    names = tuple(members)
+    array = _run_script(config, slurm, place, members=names, at_once=at_once)
     return [
-        Script("members", array, STAGES, slurm, members=members),
+        Script("members", array, STAGES, slurm, members=names),
         Script("compare", _compare_script(config, light, place), (), light, after="afterany"),
     ]
 
@@ -154,33 +158,52 @@ def parts_of(config: RunConfig) -> list[tuple[Stage, ...]]:
     return parts
 
 
-def resources_of(config: RunConfig, stage: Stage) -> SlurmConfig:
-    """What the job that begins with a stage asks for: cluster.stages laid over cluster.slurm. Pure.
+def resources_of(config: RunConfig, part: Sequence[Stage]) -> SlurmConfig:
+    """What the job of a part of the line asks for explicitly: cluster.stages laid over cluster.slurm. Pure.
 
     Args:
         config: the run's configuration.
-        stage: the first stage of the job.
+        part: the stages of the job; the first one's entry in cluster.stages counts.
 
     Returns:
-        What is asked; one node without GPUs for stages that need no more.
+        What is asked; no GPUs where no stage of the part uses one, and no more nodes than it uses.
 
     Raises:
         ConfigError: if the two together make no sense.
     """
-    asked = slurm_of(config).model_dump()
+    whole, stage = slurm_of(config), part[0]
+    asked = whole.model_dump()
+    needs = needs_of(config, part, on_gpu=config.cluster.device != "cpu")
+    if "train" not in part:
+        asked["nodes"] = nodes_used(needs, whole)
+    if not any(need.gpus for need in needs):
+        asked |= NO_GPUS
     if stage in LIGHT:
-        asked |= NO_GPUS | {"nodes": 1, "exclusive": False}
+        asked |= {"nodes": 1, "exclusive": False}
     own = getattr(config.cluster.stages, stage)
     if own is not None:
         given = own.model_dump(exclude_none=True)
         names = {"cpus": "cpus_per_node", "gpus": "gpus_per_node", "memory": "mem"}
         asked |= (NO_GPUS if "gpus" in given else {}) | {names.get(key, key): value for key, value in given.items()}
-        asked["gpus_per_node"] = None if asked["gpus_per_node"] == "0" else asked["gpus_per_node"]
     try:
         return SlurmConfig.model_validate(asked)
     except ValidationError as error:
         said = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise ConfigError(f"cluster.stages.{stage}, laid over cluster.slurm: {said}") from None
+
+
+def check_job(config: RunConfig, part: Sequence[Stage], *, split: bool) -> None:
+    """Refuse a job that asks for less than its stages need, or for nodes that they leave idle.
+
+    Args:
+        config: the run's configuration.
+        part: the stages of the job.
+        split: whether it is one of several jobs of the run.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    with_needs(config, resources_of(config, part) if split else slurm_of(config), part)
 
 
 def _run_script(
@@ -256,7 +279,7 @@ def _directives(config: RunConfig, slurm: SlurmConfig, folder: Path, name: str) 
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus_per_node,
-        "gpus-per-node": slurm.gpus_per_node,
+        "gpus-per-node": slurm.gpus_per_node if gpus_asked(slurm) else None,
         "gres": slurm.gres,
         "mem": slurm.mem,
         "chdir": folder / "slurm",
@@ -303,7 +326,7 @@ def _program(config: RunConfig, slurm: SlurmConfig, place: Place) -> tuple[list[
             raise ConfigError(f"{folder}: a container cannot mount a path with ',' or ':'; choose another folder")
     if container.type == "apptainer":
         mounts = [word for folder in (*folders, *container.mounts) for word in ("--bind", folder)]
-        gpus = ["--nv"] if slurm.gpus_per_node or slurm.gres or config.cluster.device == "cuda" else []
+        gpus = ["--nv"] if asks_for_gpus(slurm) else []
         return [], ["apptainer", "exec", *gpus, *mounts, "--pwd", inside, container.image, container.python]
     pairs = [f"{folder}:{folder}" for folder in folders]
     pairs += [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config import RunConfig
 from launcher.errors import ConfigError, LauncherError
-from launcher.ray_cluster import Resources, check_fits
 from launcher.run_directory import write_atomically
 from launcher.submit.script import Script
 
@@ -85,24 +83,6 @@ def parse_job(text: str) -> JobState:
         )
     except (KeyError, ValueError):
         raise LauncherError(f"scontrol show job answered in an unknown form: {text[:200]!r}") from None
-
-
-def check_fits_job(config: RunConfig, script: Script) -> None:
-    """Refuse a run that the job's nodes could never hold, as far as the configuration tells their size.
-
-    Args:
-        config: the run's configuration.
-        script: one of its jobs.
-
-    Raises:
-        ConfigError: naming what was asked and what the job would have.
-    """
-    slurm = script.slurm
-    typed = (slurm.gpus_per_node or "").rpartition(":")[2]
-    if typed.isdecimal():
-        check_fits(config, Resources(num_cpus=10**9, num_gpus=slurm.nodes * int(typed)), script.stages)
-    elif slurm.cpus_per_node and not slurm.gpus_per_node and not slurm.gres and config.cluster.device != "cuda":
-        check_fits(config, Resources(num_cpus=slurm.nodes * slurm.cpus_per_node, num_gpus=0), script.stages)
 
 
 def submit(scripts: Sequence[Script], folder: Path) -> list[Job]:

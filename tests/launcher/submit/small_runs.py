@@ -44,8 +44,9 @@ def configure(folder: Path, repository: Path, *, training: dict[str, Any] | None
         "export": {"vllm_prompts": 0},
         "generation": {"max_model_len": 256, "max_tokens": 16, "cpu_cache_gib": 0.25},
         "cluster": {
+            "device": "cpu",
             "slurm": {"nodes": 2, "cpus_per_node": 1, "start_s": 120, "environment": {"PYTHONPATH": str(repository)}}
-            | slurm
+            | slurm,
         },
     }
     path = folder / "run.yaml"

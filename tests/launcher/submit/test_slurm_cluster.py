@@ -125,8 +125,9 @@ def test_without_slurm_the_missing_program_is_named(submitting: Path, repository
 
 def test_print_shows_the_script_and_writes_nothing(submitting: Path, repository: Path) -> None:
     config = configure(submitting, repository)
-    answer = launcher("submit", "slurm", config, "--nodes", "3", "--print", cwd=submitting)
-    assert answer.returncode == 0
+    own = ["--set", "training={num_workers: 3, global_batch_size: 3}"]
+    answer = launcher("submit", "slurm", config, *own, "--nodes", "3", "--print", cwd=submitting)
+    assert answer.returncode == 0, answer.stderr
     assert re.search(r"^#SBATCH --nodes=3$", answer.stdout, re.MULTILINE)
     assert sorted(path.name for path in submitting.iterdir()) == ["data.json", "run.yaml"]
 

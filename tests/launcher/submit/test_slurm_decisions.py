@@ -60,7 +60,9 @@ class Started:
 
 @pytest.fixture
 def config(repository: Path) -> RunConfig:
-    return load_config(repository / "configs/quickstart.yaml", ["cluster.slurm={max_requeues: 2}"])
+    return load_config(
+        repository / "configs/quickstart.yaml", ["cluster.slurm={max_requeues: 2}", "cluster.device=cpu"]
+    )
 
 
 def start(script: Script, place: Place, **environment: str) -> Started:
@@ -112,7 +114,7 @@ def test_codes_requeues_and_causes(config: RunConfig, tmp_path: Path) -> None:
 
 def test_a_task_of_an_array_does_its_own_member(config: RunConfig, tmp_path: Path) -> None:
     place = Place(tmp_path, tmp_path, "python")
-    array, _ = whole_sweep(config, place, ["1-lr-1e-5", "2-lr-2e-5"])
+    array, _ = whole_sweep(config, place, {"1-lr-1e-5": config, "2-lr-2e-5": config})
     for member in array.members:
         (tmp_path / member).mkdir()
     second = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "1"}

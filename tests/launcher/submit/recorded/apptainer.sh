@@ -2,6 +2,7 @@
 #SBATCH --job-name=quickstart
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=8
 #SBATCH --chdir=/shared/runs/quickstart/slurm
 #SBATCH --output=%j.log

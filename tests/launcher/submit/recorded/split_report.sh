@@ -4,6 +4,7 @@
 #SBATCH --time=8:00:00
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=1
 #SBATCH --chdir=/shared/runs/quickstart/slurm
 #SBATCH --output=%j.log
 #SBATCH --open-mode=append

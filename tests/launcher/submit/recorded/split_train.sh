@@ -4,7 +4,9 @@
 #SBATCH --time=8:00:00
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=8
+#SBATCH --mem=0
 #SBATCH --chdir=/shared/runs/quickstart/slurm
 #SBATCH --output=%j.log
 #SBATCH --open-mode=append

@@ -2,6 +2,7 @@
 #SBATCH --job-name=quickstart
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
 #SBATCH --gpus-per-node=4
 #SBATCH --chdir=/shared/runs/quickstart/slurm
 #SBATCH --output=%A_%a.log
