@@ -126,7 +126,7 @@ def whole_sweep(
         The two scripts; a task of the array is asked for what the largest member needs.
     """
     slurm = most_of([with_needs(member, slurm_of(member)) for member in members.values()])
-    light = with_needs(config, resources_of(config, ("report",)), ("report",))
+    light = with_needs(config, resources_of(config, LIGHT[1:]), LIGHT[1:])
     names = tuple(members)
     array = _run_script(config, slurm, place, members=names, at_once=at_once)
     return [
