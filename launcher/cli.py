@@ -192,6 +192,18 @@ def report(config: ConfigFile, set_: Overrides = [], run_dir: RunDir = None, for
 
 
 @app.command()
+def fetch(
+    config: ConfigFile,
+    set_: Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List sizes, and download nothing.")] = False,
+) -> None:
+    """Download the models and data sets that the run names by hub id, for nodes without a network."""
+    from launcher.fetch import fetch as download
+
+    download(load_config(config, set_), dry_run=dry_run, say=typer.echo)
+
+
+@app.command()
 def show_config(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
     """Print the whole configuration, every default written out."""
     typer.echo(dump_config(load_config(config, set_)), nl=False)

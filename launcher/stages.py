@@ -46,6 +46,12 @@ LAYOUT = {
         "checkpoint_in_background",
         "max_failures",
         "hang_timeout_s",
+        "trackers",
+        "tracker_project",
+        "tracker_entity",
+        "tracker_group",
+        "tracker_tags",
+        "trackers_offline",
     },
     "export": {"tensor_parallel_size", "gpu_memory_share"},
     "generation": {

@@ -349,6 +349,15 @@ class TrainingConfig(Section):
     tracker_project: str = Field(
         "tunelift", min_length=1, description="Project or experiment that trackers file it under."
     )
+    tracker_entity: str | None = Field(
+        None, min_length=1, description="Team or user that owns the run (wandb), or the workspace (swanlab)."
+    )
+    tracker_group: str | None = Field(
+        None, min_length=1, description="Group that the run is filed under (wandb, swanlab)."
+    )
+    tracker_tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(
+        (), description="Tags of the run (wandb, swanlab, mlflow)."
+    )
     trackers_offline: bool = Field(False, description="Trackers write into the run's folder and send nothing.")
     profile: ProfileConfig | None = Field(None, description="Which steps are traced; null means none.")
     validate_every: int = Field(100, ge=1, description="Optimizer steps between validation losses.")
@@ -370,6 +379,21 @@ class TrainingConfig(Section):
         pattern=r"^(stop|skip [1-9]\d{0,5})$",
         description="A step whose loss or gradient is not finite is not taken: stop, or skip N such steps of a run.",
     )
+
+    @model_validator(mode="after")
+    def _trackers_take_what_is_given(self) -> Self:
+        takers: dict[str, tuple[str, ...]] = {
+            "tracker_entity": ("wandb", "swanlab"),
+            "tracker_group": ("wandb", "swanlab"),
+            "tracker_tags": ("wandb", "swanlab", "mlflow"),
+        }
+        for key, known in takers.items():
+            if getattr(self, key) and not set(known) & set(self.trackers):
+                chosen = ", ".join(self.trackers) or "none"
+                raise ValueError(
+                    f"{key} is for {', '.join(known)}, and trackers are {chosen}: add one of these, or take {key} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fewer_is_not_more(self) -> Self:

@@ -46,6 +46,9 @@ class WeightsAndBiases:
         training = config.training
         self._run = importlib.import_module("wandb").init(
             project=training.tracker_project,
+            entity=training.tracker_entity,
+            group=training.tracker_group,
+            tags=training.tracker_tags,
             name=run_dir.name,
             dir=run_dir,
             config=config.model_dump(mode="json"),
@@ -72,7 +75,8 @@ class MLflow:
             if self._mlflow.get_experiment_by_name(project) is None:  # files would lie in the working directory
                 self._mlflow.create_experiment(project, (run_dir.resolve() / "mlflow").as_uri())
         self._mlflow.set_experiment(project)
-        self._mlflow.start_run(run_name=run_dir.name)
+        # Tags of MLflow have values.
+        self._mlflow.start_run(run_name=run_dir.name, tags=dict.fromkeys(config.training.tracker_tags, "true"))
         self._mlflow.log_dict(config.model_dump(mode="json"), "config.json")
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -92,6 +96,9 @@ class SwanLab:
         self._swanlab = importlib.import_module("swanlab")
         self._swanlab.init(
             project=training.tracker_project,
+            workspace=training.tracker_entity,
+            group=training.tracker_group,
+            tags=list(training.tracker_tags),
             experiment_name=run_dir.name,
             config=config.model_dump(mode="json"),
             logdir=str(run_dir / "swanlab"),

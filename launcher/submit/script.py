@@ -21,6 +21,13 @@ from launcher.submit.needs import asks_for_gpus, gpus_asked, most_of, needs_of, 
 
 # A job sees these of the submitting environment, and what the configuration names; never all of it.
 ALWAYS_PASSED = ("HOME", "PATH", "USER", "LOGNAME", "LANG", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE")
+# What the trackers' libraries read their keys and addresses from.
+TRACKER_VARIABLES = {
+    "wandb": ("WANDB_API_KEY", "WANDB_BASE_URL"),
+    "mlflow": ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    "swanlab": ("SWANLAB_API_KEY",),
+    "tensorboard": (),
+}
 # Where a job of its own begins under --split-stages; so does it at each stage that cluster.stages names.
 PARTS: tuple[Stage, ...] = ("prepare", "train", "generate", "report")
 # These need neither several nodes nor whole ones.
@@ -126,7 +133,7 @@ def whole_sweep(
         The two scripts; a task of the array is asked for what the largest member needs.
     """
     slurm = most_of([with_needs(member, slurm_of(member)) for member in members.values()])
-    light = with_needs(config, resources_of(config, ("report",)), ("report",))
+    light = with_needs(config, resources_of(config, LIGHT[1:]), LIGHT[1:])
     names = tuple(members)
     array = _run_script(config, slurm, place, members=names, at_once=at_once)
     return [
@@ -307,6 +314,8 @@ def passed_names(config: RunConfig) -> list[str]:
     """Names of the variables that the job takes along from where it is submitted."""
     names = [*ALWAYS_PASSED, *slurm_of(config).pass_environment]
     names += [variable for _, variable in key_variables(config.generation, config.judge)]
+    if not config.training.trackers_offline:
+        names += [variable for tracker in config.training.trackers for variable in TRACKER_VARIABLES[tracker]]
     return list(dict.fromkeys(names))
 
 

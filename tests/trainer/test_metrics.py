@@ -104,6 +104,53 @@ def test_trackers_write_offline(tmp_path, monkeypatch, tracker, module, written)
     assert list(elsewhere.iterdir()) == []
 
 
+def filed_under(tracker, run_dir):
+    words = {"tracker_entity": "the-team", "tracker_group": "the-group", "tracker_tags": ["first-tag", "second-tag"]}
+    (opened,) = open_trackers(config(trackers=[tracker], trackers_offline=True, **words), run_dir)
+    opened.close()
+    return opened
+
+
+def test_wandb_gets_entity_group_and_tags(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    run = filed_under("wandb", tmp_path)._run
+    assert (run.entity, run.group, run.tags) == ("the-team", "the-group", ("first-tag", "second-tag"))
+
+
+def test_swanlab_gets_workspace_group_and_tags(tmp_path, monkeypatch):
+    pytest.importorskip("swanlab")
+    monkeypatch.chdir(tmp_path)
+    filed_under("swanlab", tmp_path)
+    (record,) = (tmp_path / "swanlab").rglob("*.swanlab")  # the configuration has a file of its own beside it
+    written = record.read_bytes()
+    assert [word for word in (b"the-team", b"the-group", b"first-tag", b"second-tag") if word not in written] == []
+
+
+def test_mlflow_gets_the_tags(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    words = {"trackers": ["mlflow"], "tracker_tags": ["first-tag"], "tracker_project": "the-project"}
+    (opened,) = open_trackers(config(trackers_offline=True, **words), tmp_path)
+    (run,) = mlflow.search_runs(experiment_names=["the-project"], output_format="list")
+    opened.close()
+    assert run.data.tags["first-tag"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("trackers", "key", "value"),
+    [
+        ([], "tracker_tags", ["a"]),
+        (["tensorboard"], "tracker_group", "a"),
+        (["mlflow"], "tracker_entity", "a"),
+        (["mlflow"], "tracker_group", "a"),
+    ],
+)
+def test_a_word_that_no_tracker_takes_is_refused(trackers, key, value):
+    with pytest.raises(ValueError, match=f"{key} is for wandb"):
+        config(trackers=trackers, **{key: value})
+
+
 def test_a_tracker_that_cannot_be_started_is_told_with_the_ways_out(tmp_path, monkeypatch):
     close = Mock()
     monkeypatch.setattr("trainer.trackers.TensorBoard.close", close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -11,7 +12,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # the
 
 from trainer.config import SourceConfig
 from trainer.errors import TrainerError
-from trainer.hub import commit_of, is_commit
+from trainer.hub import commit_of, downloaded, is_commit
 
 
 def read_saved(path: Path, split: str) -> Iterator[tuple[str, int, object]]:
@@ -50,11 +51,18 @@ def pin(source: SourceConfig) -> SourceConfig:
     """
     if is_commit(source.revision):
         return source
-    return source.model_copy(update={"revision": commit_of("dataset", source.path, source.revision)})
+    try:
+        commit = commit_of("dataset", source.path, source.revision)
+    except TrainerError:
+        folder = downloaded("dataset", source.path, source.revision)
+        if folder is None:
+            raise
+        commit = folder.name
+    return source.model_copy(update={"revision": commit})
 
 
 def read_hub(source: SourceConfig) -> Iterator[tuple[str, int, object]]:
-    """Rows of a data set on the hub, streamed from its files.
+    """Rows of a data set on the hub, streamed from its files: those in this machine's cache if all are there.
 
     Args:
         source: pinned to a commit.
@@ -65,11 +73,14 @@ def read_hub(source: SourceConfig) -> Iterator[tuple[str, int, object]]:
     Raises:
         TrainerError: it cannot be loaded.
     """
-    commit_of("dataset", source.path, source.revision)  # load_dataset would try for a minute to reach it
+    folder = downloaded("dataset", source.path, source.revision)
+    if folder is None:
+        commit_of("dataset", source.path, source.revision)  # load_dataset would try for a minute to reach it
+    place: dict[str, Any] = (
+        {"path": source.path, "revision": source.revision} if folder is None else {"path": str(folder)}
+    )
     try:
-        rows = load_dataset(
-            source.path, source.subset, split=source.hub_split, revision=source.revision, streaming=True
-        )
+        rows = load_dataset(**place, name=source.subset, split=source.hub_split, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield source.path, number, row
     except (HTTPError, OSError, ValueError, DatasetsError) as error:

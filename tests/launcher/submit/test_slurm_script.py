@@ -213,6 +213,9 @@ def test_only_names_of_variables_are_passed(base: RunConfig, monkeypatch: pytest
     tree["judge"] = {"type": "api", "model": "m", "base_url": "http://localhost:1/v1", "api_key_env": "MY_KEY"}
     config = RunConfig.model_validate(tree)
     assert {"WANDB_API_KEY", "MY_KEY"} <= set(passed_names(config))
+    assert "SWANLAB_API_KEY" not in passed_names(config)
+    tree["training"] |= {"trackers": ["swanlab"]}
+    assert "SWANLAB_API_KEY" in passed_names(RunConfig.model_validate(tree))
     assert "value-of-the-secret" not in rendered(config)
 
 

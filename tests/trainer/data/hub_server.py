@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +14,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """Serve folders, named such as models/owner/name and datasets/owner/name.
+def hub(repositories: dict[str, Path], gated: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Serve folders, named such as models/owner/name and datasets/owner/name; gated ones give no file without a token.
 
     Yields:
         The hub's address, and the requests so far.
@@ -42,6 +42,8 @@ def hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
                 if path == f"api/{name}" or path.startswith(f"api/{name}/"):
                     return self._info(name, folder, path.removeprefix(f"api/{name}").strip("/").split("/"))
                 if (start := f"{name.removeprefix('models/')}/resolve/") and path.startswith(start):
+                    if name in gated and "Authorization" not in self.headers:
+                        return self._send(401, b"{}", {"X-Error-Code": "GatedRepo"})
                     return self._file(folder / path.removeprefix(start).partition("/")[2])
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
