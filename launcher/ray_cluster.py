@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import psutil
 
 
+HERE = "this machine"
+
+
 @dataclass(frozen=True)
 class Resources:
     """What there is to place workers and engines on.
@@ -31,6 +34,7 @@ class Resources:
         num_gpus: GPUs of all nodes.
         nodes: Each node's own; empty where there is one node.
         gpu_memory: Memory of the smallest GPU, in bytes; None where it is not known.
+        capability: Compute capability of the oldest GPU; None where it is not known.
         source: Where this is known from, in words.
     """
 
@@ -38,26 +42,33 @@ class Resources:
     num_gpus: int
     nodes: tuple[Node, ...] = ()
     gpu_memory: int | None = None
-    source: str = "this machine"
+    capability: tuple[int, int] | None = None
+    source: str = HERE
 
     @property
     def by_node(self) -> tuple[Node, ...]:
         """Each node's own."""
         return self.nodes or (Node(self.num_cpus, self.num_gpus, self.source),)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether these are this machine's own."""
+        return self.source == HERE
+
 
 def local_resources() -> Resources:
     """The CPUs this process may use, and the GPUs that CUDA gives it; loads nothing heavy."""
     gpus = visible_gpus()
     memory = min((gpu.memory for gpu in gpus), default=None)
-    return Resources(len(os.sched_getaffinity(0)), len(gpus), gpu_memory=memory)
+    capability = min((gpu.capability for gpu in gpus if gpu.capability), default=None)
+    return Resources(len(os.sched_getaffinity(0)), len(gpus), gpu_memory=memory, capability=capability)
 
 
-def together(nodes: Iterable[Node], source: str, gpu_memory: int | None = None) -> Resources:
+def together(nodes: Iterable[Node], source: str) -> Resources:
     """The resources of these nodes."""
     each = tuple(nodes)
     num_cpus, num_gpus = sum(node.num_cpus for node in each), sum(node.num_gpus for node in each)
-    return Resources(num_cpus, num_gpus, each, gpu_memory, source)
+    return Resources(num_cpus, num_gpus, each, source=source)
 
 
 def cluster_resources(*, free: bool = False) -> Resources:

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.config import RunConfig
 from launcher.estimate.shapes import Shape, element_bytes, shape_of, trained_weights
+from launcher.ray_cluster import Resources
 from trainer.config import LoraTuning, QloraTuning
 
 GIB = 2**30
@@ -218,46 +218,30 @@ def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         yield " ".join([*layout, f"tuning.method={tuning.method}"]), now.model_copy(update=update)
 
 
-def limit_of(config: RunConfig, *, on_gpu: bool) -> int | None:
-    """Memory that one rank may take, in bytes; None where that is not known here.
-
-    Args:
-        config: the run's configuration; cluster.gpu_memory_gib names it.
-        on_gpu: whether ranks have GPUs.
-
-    Returns:
-        The configured size of a GPU, or what the driver says of this machine's; on this machine's CPUs a rank's equal
-        share of the memory.
-    """
-    local = config.cluster.address == "local"
-    if on_gpu:
-        named = config.cluster.gpu_memory_gib
-        return int(named * GIB) if named else _smallest_gpu_here() if local else None
-    if not local:
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // config.training.num_workers
+def gpu_memory_of(config: RunConfig, resources: Resources) -> int | None:
+    """Memory of one GPU, in bytes: cluster.gpu_memory_gib, else as it is known of these resources."""
+    named = config.cluster.gpu_memory_gib
+    return int(named * GIB) if named else resources.gpu_memory
 
 
-def _smallest_gpu_here() -> int | None:
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        return min(int(line) for line in answer.stdout.split()) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+def machine_memory(resources: Resources) -> int | None:
+    """Memory of this machine, in bytes; None where a run takes place elsewhere."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if resources.is_here else None
 
 
-def problems(config: RunConfig, *, on_gpu: bool) -> list[str]:
+def problems(config: RunConfig, resources: Resources, *, on_gpu: bool) -> list[str]:
     """What cannot fit into memory, with the nearest setting that can.
 
     Args:
         config: the run's configuration.
+        resources: what there is: on CPUs each rank has an equal share of this machine's memory.
         on_gpu: whether ranks have GPUs.
 
     Returns:
         One line, or none where it fits or nothing is known.
     """
-    shape, limit = shape_of(config), limit_of(config, on_gpu=on_gpu)
+    shape, machine = shape_of(config), machine_memory(resources)
+    limit = gpu_memory_of(config, resources) if on_gpu else machine and machine // config.training.num_workers
     if shape is None or limit is None:
         return []
     memory = memory_of(config, shape, on_gpu=on_gpu)
