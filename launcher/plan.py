@@ -10,6 +10,7 @@ from evaluation.config import JudgeConfig, JuryJudge, ModelSource, VllmJudge, ke
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.estimate import memory, text
+from launcher.gpus import visible_gpus
 from launcher.ray_cluster import local_resources, misfits, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
@@ -60,7 +61,9 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
         return found
     on_gpu = uses_gpus(config.cluster, resources)
     if config.cluster.address == "local":
-        found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu)
+        # The newest card's: what is refused by it could run on none of them, and a worker looks at its own.
+        capability = max((gpu.capability for gpu in visible_gpus() if gpu.capability), default=None)
+        found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu, capability=capability)
     return found + memory.problems(config, on_gpu=on_gpu)
 
 

@@ -6,27 +6,31 @@ folder, written by the trainer, and never in Ray's bookkeeping.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import trainer.errors
+from launcher.config import RunConfig
 from launcher.errors import LauncherError, Preempted
+from launcher.estimate import memory
+from launcher.estimate.shapes import shape_of
 from launcher.placement import Group, in_words, room
 from launcher.ray_cluster import cluster_resources
 from trainer.config import TrainerConfig, TrainingConfig
-from trainer.errors import TrainerError
+from trainer.errors import NotEnoughMemoryError, TrainerError
 from trainer.stored import sealed_steps
 
 # Ray may take so long to see that a node is gone: five health checks that fail, 3 s apart.
@@ -54,7 +58,15 @@ class Resume:
     cause: str
 
 
-def decide(error: TrainingFailedError, failures: int, stalled: int, max_failures: int) -> Retry | Stop | Resume:
+def decide(
+    error: TrainingFailedError,
+    failures: int,
+    stalled: int,
+    max_failures: int,
+    *,
+    oom_kills: int = 0,
+    smaller: str = "",
+) -> Retry | Stop | Resume:
     """What to do after a failed attempt. Pure.
 
     Args:
@@ -62,13 +74,17 @@ def decide(error: TrainingFailedError, failures: int, stalled: int, max_failures
         failures: attempts that have failed, this one included.
         stalled: the last of them that ended without a newer checkpoint than they began with.
         max_failures: restarts allowed.
+        oom_kills: processes of this machine that the kernel killed for memory during the attempt.
+        smaller: the nearest setting that needs less memory, in words.
 
     Returns:
-        Stop for what another attempt cannot mend (the trainer's own errors, two attempts without progress) and when
-        restarts are used up.
+        Stop for what another attempt cannot fix (the trainer's own errors, memory that does not suffice, two attempts
+        without progress) and when restarts are used up.
     """
     causes = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     by_rank = {rank: getattr(cause, "_base_exc", cause) for rank, cause in sorted(causes.items())}
+    if words := out_of_memory(by_rank, oom_kills):
+        return Stop(f"{words}\n{smaller}".rstrip())
     for cause in by_rank.values():
         if isinstance(cause, TrainerError):
             return Stop(str(cause))
@@ -81,6 +97,63 @@ def decide(error: TrainingFailedError, failures: int, stalled: int, max_failures
     if stalled >= 2:
         return Stop(f"{said}\ntwo attempts in a row ended without a new checkpoint, so another would too")
     return Retry(said)
+
+
+def out_of_memory(by_rank: Mapping[int, BaseException], oom_kills: int) -> str | None:
+    """Whether an attempt ended because memory did not suffice, in words. Pure.
+
+    Args:
+        by_rank: what each failed rank ended with.
+        oom_kills: processes of this machine that the kernel killed for memory during the attempt.
+
+    Returns:
+        The cause; None where it is another. A rank that the kernel killed on another machine is not seen.
+    """
+    for rank, error in by_rank.items():
+        if isinstance(error, NotEnoughMemoryError):
+            return str(error)
+        cause = getattr(error, "health_check_failure", error)  # Ray Train's wrapper around a worker that is gone
+        if isinstance(cause, OutOfMemoryError):
+            return f"rank {rank} was killed by Ray, because its machine was running out of memory: {cause}"
+        if isinstance(cause, ActorDiedError) and oom_kills:
+            return (
+                f"rank {rank} was killed, and while it ran the kernel killed {oom_kills} processes of this machine "
+                "because memory ran out (oom_kill in /proc/vmstat)"
+            )
+    return None
+
+
+def num_oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
+    """Processes that this machine's kernel has killed for memory since it started; 0 where it does not say."""
+    try:
+        rows = [line.split() for line in vmstat.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return 0
+    return next((int(row[1]) for row in rows if row[0] == "oom_kill"), 0)
+
+
+def smaller_setting(config: RunConfig, *, on_gpu: bool) -> str:
+    """The nearest setting that needs less memory than a run that ran out of it, in words.
+
+    Args:
+        config: the run's configuration.
+        on_gpu: whether ranks have GPUs.
+
+    Returns:
+        One line. What it names fits by the estimate of `launcher plan`, and needs a fifth less than the failed run's
+        estimate, for that one was too low.
+    """
+    shape = shape_of(config)
+    if shape is None:
+        return "set training.micro_batch_size: 1 and training.gradient_checkpointing: true, or take more workers"
+    estimate, limit = memory.memory_of(config, shape, on_gpu=on_gpu), memory.limit_of(config, on_gpu=on_gpu)
+    most = min(limit or estimate.total, int(0.8 * estimate.total))
+    there = f" of {memory.in_gib(limit)}" if limit else ""
+    way_out = memory.nearest_that_fits(config, shape, most, on_gpu=on_gpu)
+    return (
+        f"`launcher plan` estimates {memory.in_gib(estimate.total)}{there} for a rank ({memory.parts_of(estimate)}); "
+        + (f"the nearest setting that fits: {way_out}" if way_out else "no setting that was tried fits")
+    )
 
 
 def workers_for(training: TrainingConfig, room: int) -> int | None:
@@ -109,6 +182,7 @@ def train_on_ray(
     tick: Callable[[], None],
     notify: Callable[[str], None],
     wait_s: float = 600,
+    smaller: Callable[[], str] = lambda: "",
 ) -> dict[str, Any]:
     """Run the training stage on the connected Ray cluster.
 
@@ -119,12 +193,13 @@ def train_on_ray(
         tick: called about twice a second while the workers run; shows progress.
         notify: called with a line of text when the workers are started again.
         wait_s: longest wait for a place for the workers after some were lost.
+        smaller: names the nearest setting that needs less memory, for the message of a run that ran out of it.
 
     Returns:
         What rank 0's worker returned.
 
     Raises:
-        LauncherError: when the attempts are used up, or the cause cannot be mended by another.
+        LauncherError: when the attempts are used up, or the cause cannot be fixed by another.
         Preempted: when the workers were asked to stop, and have saved.
     """
     failures = stalled = 0
@@ -132,7 +207,7 @@ def train_on_ray(
     if room(group, cluster_resources().by_node) < group.count:
         config = _with_workers_left(config, use_gpu=use_gpu, wait_s=wait_s, notify=notify, node_lost_s=0)
     while True:
-        begun_at = _newest_step(run_dir)
+        begun_at, killed = _newest_step(run_dir), num_oom_kills()
         with tempfile.TemporaryDirectory(prefix="attempt-", dir=run_dir) as storage:
             try:
                 return _watch(_trainer(config, run_dir, Path(storage), use_gpu=use_gpu), tick)
@@ -142,7 +217,8 @@ def train_on_ray(
                     continue
                 failures += 1
                 stalled = stalled + 1 if _newest_step(run_dir) == begun_at else 0
-                match decide(error, failures, stalled, config.training.max_failures):
+                killed, limit = num_oom_kills() - killed, config.training.max_failures
+                match decide(error, failures, stalled, limit, oom_kills=killed, smaller=smaller()):
                     case Stop(cause):
                         raise LauncherError(f"training stopped: {cause}{_where_stacks_are(run_dir)}") from None
                     case Resume(cause):
@@ -253,7 +329,9 @@ def _trainer(config: TrainerConfig, run_dir: Path, storage: Path, *, use_gpu: bo
     return TorchTrainer(
         _one_worker,  # type: ignore[arg-type]
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir.resolve())},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(training.collective_timeout_s)
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=use_gpu,

@@ -271,7 +271,7 @@ class _Work:
 
     def _train(self) -> dict[str, Any]:
         use_gpu = self._ray()
-        from launcher.ray_training import train_on_ray
+        from launcher.ray_training import smaller_setting, train_on_ray
 
         follower = MetricsFollower(self.run_dir / "metrics.jsonl", self._say, every_s=5)
 
@@ -289,6 +289,7 @@ class _Work:
                     tick=tick,
                     notify=self._say,
                     wait_s=self.config.cluster.wait_s,
+                    smaller=lambda: smaller_setting(self.config, on_gpu=use_gpu),
                 )
         except Preempted:
             self.push()

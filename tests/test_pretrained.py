@@ -47,7 +47,13 @@ def test_a_pretrained_model_reaches_its_report(
 ) -> None:
     settings = [f"model.name_or_path={pretrained}", f"data.path={rows}", "training.num_epochs=1", *changed]
     settings += ["data.max_test_rows=16", "generation.max_tokens=32", "data.leaks=drop"]
-    command = [str(LAUNCHER), "run", str(repository / "configs" / "pretrained.yaml"), "--run-dir", str(tmp_path / "run")]
+    command = [
+        str(LAUNCHER),
+        "run",
+        str(repository / "configs" / "pretrained.yaml"),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     for setting in settings:
         command += ["--set", setting]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=3500, check=False)

@@ -11,6 +11,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from trainer.devices import AMPERE, Capability
+
 PACKED_SDPA = "packed_sdpa"
 PACKED_VARLEN = "packed_varlen"
 
@@ -19,6 +21,45 @@ def register() -> None:
     """Make the backends of this file known to transformers by name; calling it again changes nothing."""
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
     AttentionInterface.register(PACKED_VARLEN, packed_varlen)
+
+
+def flash_takes(capability: Capability, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether PyTorch's FlashAttention, forward and backward, computes this on such a GPU.
+
+    The limits of torch 2.13's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, and of sdp_utils.cpp for
+    the backward pass: its kernels for heads of 193 to 224 do not fit the shared memory of sm86, sm89 and sm12x.
+
+    >>> flash_takes((9, 0), torch.bfloat16, 128), flash_takes((7, 5), torch.float16, 128)
+    (True, False)
+
+    Args:
+        capability: Of the GPU.
+        dtype: Of queries, keys and values.
+        head_size: Numbers in a head.
+
+    Returns:
+        The answer.
+    """
+    if capability < AMPERE or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    return head_size % 8 == 0 and head_size <= 256 and not (small_memory and 192 < head_size <= 224)
+
+
+def takes_groups(query: Tensor) -> bool:
+    """Whether scaled_dot_product_attention has a fused kernel for fewer key heads than query heads here.
+
+    On GPUs only FlashAttention has one; elsewhere PyTorch would fall back to its kernel that keeps all scores.
+
+    Args:
+        query: [batch, heads, length, head size].
+
+    Returns:
+        The answer.
+    """
+    if query.device.type != "cuda":
+        return True
+    return flash_takes(torch.cuda.get_device_capability(query.device), query.dtype, query.shape[-1])
 
 
 def document_lengths(position_ids: Tensor) -> list[int]:
@@ -102,7 +143,8 @@ def packed_sdpa(
         raise ValueError(f"{PACKED_SDPA} knows no sliding window (of {sliding_window}): set model.attention to sdpa")
     batch, heads, length, head_size = query.shape
     compute_type = torch.float32 if query.device.type == "cpu" else query.dtype
-
+    if key.shape[1] != heads and not takes_groups(query):
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
     documents = (_documents(tensor.to(compute_type), document_lengths) for tensor in (query, key, value))
     answers = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True)

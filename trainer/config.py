@@ -380,6 +380,15 @@ class TrainingConfig(Section):
         description="A step whose loss or gradient is not finite is not taken: stop, or skip N such steps of a run.",
     )
 
+    @property
+    def collective_timeout_s(self) -> float:
+        """Longest time of a collective operation, in seconds: more than a hang takes to be noticed and written down.
+
+        Ten minutes at least, PyTorch's own limit: before the first step ranks wait for one that hashes the base's files
+        or compiles, and no watchdog runs yet.
+        """
+        return max(600.0, self.hang_timeout_s + max(60.0, 0.1 * self.hang_timeout_s))
+
     @model_validator(mode="after")
     def _trackers_take_what_is_given(self) -> Self:
         takers: dict[str, tuple[str, ...]] = {
@@ -436,6 +445,11 @@ class DeepSpeedConfig(Section):
         200_000_000,
         ge=1000,
         description="Most gradient elements that are reduced in one go; two such buffers are held.",
+    )
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="Number format in which gradients are summed over micro-batches and ranks: fp32, or "
+        "training.precision, which takes fewer bytes and rounds every sum.",
     )
     raw: dict[str, Any] = Field(default_factory=dict, description="Merged last into DeepSpeed's JSON, for experts.")
 
@@ -518,6 +532,7 @@ def refuse_misfits(config: Parts) -> None:
             "training.precision fp16 does not work with deepspeed.stage 0, where DeepSpeed divides gradients by a "
             "scale that the loss was not multiplied by: use stage 1"
         )
+    refuse_gradient_format(config.training.precision, config.deepspeed)
     if config.training.optimizer != "adamw" and config.deepspeed.offload_optimizer != "none":
         raise ValueError(
             f"training.optimizer {config.training.optimizer} does not work with deepspeed.offload_optimizer, which "
@@ -532,6 +547,28 @@ def refuse_misfits(config: Parts) -> None:
         raise ValueError(
             "tuning.dora does not work with deepspeed.stage 3, where PEFT finds no whole adapter to take norms of: "
             "use stage 2, or rslora in place of dora"
+        )
+
+
+def refuse_gradient_format(precision: str, deepspeed: DeepSpeedConfig) -> None:
+    """Refuse a number format of summed gradients that DeepSpeed cannot keep.
+
+    Args:
+        precision: training.precision.
+        deepspeed: Stage and grad_accum_dtype.
+
+    Raises:
+        ValueError: It is neither fp32 nor the precision, or stage 0 cannot accumulate in it.
+    """
+    requested = deepspeed.grad_accum_dtype
+    if requested not in ("fp32", precision):
+        raise ValueError(
+            f"deepspeed.grad_accum_dtype is {requested}, training.precision is {precision}: use fp32, or {precision}"
+        )
+    if deepspeed.stage == 0 and precision != requested:
+        raise ValueError(
+            f"deepspeed.stage 0 sums {precision} gradients in {precision} only: use stage 1, which sums them in fp32, "
+            f"or deepspeed.grad_accum_dtype: {precision}"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from ctypes.util import find_library
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
 from trainer.errors import TrainerError
 
 PIP = f"{sys.executable} -m pip install"
+Capability = tuple[int, int]
+"""Compute capability of a GPU, as CUDA counts it: (7, 0) is a V100, (7, 5) a T4, (8, 0) an A100, (9, 0) an H100."""
+AMPERE: Capability = (8, 0)
+"""The first GPUs that compute in bf16, and the first that FlashAttention has kernels for, PyTorch's included."""
+# The distribution of each, as transformers 5.19 looks for it (utils/import_utils.py): flash_attn is the module of
+# FlashAttention 4 too, so that the module alone says nothing.
+FLASH_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 # A tracker's module, and what pip installs it by.
 TRACKERS = {
     "tensorboard": ("tensorboardX", "tensorboardX"),
@@ -23,15 +31,21 @@ TRACKERS = {
 
 
 def device_problems(
-    model: ModelConfig, training: TrainingConfig, deepspeed: DeepSpeedConfig, *, on_gpu: bool
+    model: ModelConfig,
+    training: TrainingConfig,
+    deepspeed: DeepSpeedConfig,
+    *,
+    on_gpu: bool,
+    capability: Capability | None = None,
 ) -> list[str]:
-    """What this machine can't do of what is asked.
+    """What this machine can't do of what is requested.
 
     Args:
         model: The model section.
         training: The training section.
         deepspeed: The deepspeed section.
         on_gpu: Whether the workers have GPUs.
+        capability: Of these GPUs; None where it is not known here.
 
     Returns:
         A line for each; none where all of it can be done.
@@ -46,8 +60,21 @@ def device_problems(
     if training.liger_kernels and find_spec("liger_kernel") is None:
         found.append(f"training.liger_kernels needs liger_kernel, which is not installed: {PIP} liger-kernel")
     if on_gpu:
-        return found
-    found += attention_problems(model.attention)
+        return found + gpu_problems(model, training, deepspeed, capability)
+    return found + cpu_problems(model, training)
+
+
+def cpu_problems(model: ModelConfig, training: TrainingConfig) -> list[str]:
+    """What can't be done without a GPU.
+
+    Args:
+        model: The model section.
+        training: The training section.
+
+    Returns:
+        A line for each.
+    """
+    found = attention_problems(model.attention)
     if training.precision == "fp16":
         found.append("training.precision: fp16 is for GPUs; on CPUs take bf16, which needs no loss scale, or fp32")
     if training.optimizer.startswith("paged"):
@@ -56,6 +83,51 @@ def device_problems(
     if training.liger_kernels:
         found.append("training.liger_kernels: these kernels are for GPUs; on CPUs leave it false")
     return found
+
+
+def gpu_problems(
+    model: ModelConfig, training: TrainingConfig, deepspeed: DeepSpeedConfig, capability: Capability | None
+) -> list[str]:
+    """What these GPUs, or the packages installed beside them, can't do.
+
+    Args:
+        model: The model section.
+        training: The training section.
+        deepspeed: The deepspeed section.
+        capability: Of the GPUs; None where it is not known here.
+
+    Returns:
+        A line for each.
+    """
+    found, needs = [], ""
+    if capability is not None and capability < AMPERE:
+        here = ".".join(map(str, capability))
+        needs = f"needs GPUs of compute capability 8.0 or more (A100, RTX 30 and newer), these have {here}"
+    if needs and training.precision == "bf16":
+        way_out = "" if deepspeed.stage else " and deepspeed.stage to 1"
+        found.append(f"training.precision: bf16 {needs}: set training.precision to fp16{way_out}")
+    if (package := FLASH_PACKAGES.get(model.attention)) is None:
+        return found
+    where = f"model.attention: {model.attention}"
+    if not is_installed(package):
+        found.append(
+            f"{where} needs the package {package}, which is not installed, and no kernel is fetched from the hub: "
+            f"take auto, which needs no package, or {PIP} {package}"
+        )
+    if needs:
+        found.append(f"{where} {needs}: take auto")
+    if training.precision == "fp32":
+        found.append(f"{where} computes in 16 bits, training.precision is fp32: take auto, or bf16")
+    return found
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution is installed; nothing of it is imported."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def attention_problems(attention: str) -> list[str]:

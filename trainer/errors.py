@@ -1,4 +1,4 @@
-"""What the trainer raises: an error that its user can mend, and a stop that was asked for."""
+"""What the trainer raises: errors that its user can fix, and a stop that was requested."""
 
 
 class TrainerError(Exception):
@@ -6,6 +6,10 @@ class TrainerError(Exception):
 
     Carries one string, so it survives pickling on its way from a worker to the launcher.
     """
+
+
+class NotEnoughMemoryError(TrainerError):
+    """A rank ran out of memory: another attempt with the same settings would too."""
 
 
 class Preempted(Exception):  # noqa: N818 - nothing is wrong

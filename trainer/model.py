@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.liger import apply_liger_kernel
 
-from trainer.attention import PACKED_SDPA, PACKED_VARLEN, boundaries, register
+from trainer.attention import PACKED_SDPA, PACKED_VARLEN, boundaries, flash_takes, register
 from trainer.config import ModelConfig
 from trainer.devices import attention_problems
 from trainer.errors import TrainerError
@@ -47,8 +48,9 @@ def attention_backend(
         sequence_length: Tokens of a pack.
 
     Returns:
-        The backend that was asked for. For auto: one of this package's, which need no mask and do no work between
+        The backend that was requested. For auto: one of this package's, which need no mask and do no work between
         documents; transformers' own where a model changes the scores before the softmax or looks back a window only.
+        Of this package's the one over FlashAttention where the GPU, the dtype and the heads allow it.
 
     Raises:
         TrainerError: The backend can't train on this device.
@@ -63,7 +65,16 @@ def attention_backend(
     window = getattr(text, "sliding_window", None)
     if window is not None and window < sequence_length:
         return "sdpa"
-    return PACKED_VARLEN if device.type == "cuda" and dtype != torch.float32 else PACKED_SDPA
+    if device.type != "cuda" or getattr(text, "attention_dropout", 0.0):
+        return PACKED_SDPA
+    takes_flash = flash_takes(torch.cuda.get_device_capability(device), dtype, largest_head(text))
+    return PACKED_VARLEN if takes_flash else PACKED_SDPA
+
+
+def largest_head(text: PreTrainedConfig) -> int:
+    """Numbers in a head of the attention; of the largest where layers differ."""
+    sizes = [getattr(text, name, None) for name in ("head_dim", "global_head_dim")]
+    return max((size for size in sizes if size), default=text.hidden_size // text.num_attention_heads)
 
 
 def return_freed_memory(least: int) -> None:
@@ -102,7 +113,8 @@ def load_base(
         config: The model section.
         run_dir: The run's folder.
         dtype: Number format of the weights.
-        device: Where it will be trained; it is loaded to the CPU.
+        device: Where it will be trained. A GPU gets the weights as they are read, so that the host never holds the
+            model of every rank; under ZeRO-3 transformers reads them into the ranks' shares instead.
         sequence_length: Tokens of a pack.
         quantization: How the weights are held, where not as they are.
 
@@ -117,19 +129,34 @@ def load_base(
     if config.from_scratch is not None and not Path(place, "config.json").is_file():
         raise TrainerError(f"there is no base model in {place}: run the prepare stage first")
     try:
-        base = AutoConfig.from_pretrained(place, revision=config.revision)
+        base = AutoConfig.from_pretrained(place, revision=config.revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             place,
             revision=config.revision,
             dtype=dtype,
             attn_implementation=attention_backend(config, base, device, dtype, sequence_length),
             use_safetensors=True,
+            trust_remote_code=False,
             quantization_config=quantization,
+            device_map=device_map(device),
         )
     except (OSError, ValueError, ImportError) as error:
         raise TrainerError(f"the base model {place} can't be loaded: {error}") from error
     model.config.use_cache = False
     return cast(PreTrainedModel, model.train())
+
+
+def device_map(device: torch.device) -> dict[str, torch.device] | None:
+    """Where from_pretrained puts each weight as it reads it.
+
+    Args:
+        device: Where the model will be trained.
+
+    Returns:
+        All of it on the GPU; None on the CPU, where transformers loads without accelerate, and under ZeRO-3, whose
+        loading (HfDeepSpeedConfig) refuses a map.
+    """
+    return None if device.type == "cpu" or is_deepspeed_zero3_enabled() else {"": device}
 
 
 def use_liger_kernels(model: PreTrainedModel) -> None:

@@ -77,7 +77,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> SealedFile
             digest.update(block)
         for tensor in tensors.values():
             if tensor.numel():
-                data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                data = tensor_bytes(tensor)
                 for offset in range(0, len(data), _CHUNK_BYTES):  # written and hashed while still in the cache
                     block_view = data[offset : offset + _CHUNK_BYTES]
                     file.write(block_view)
@@ -85,6 +85,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> SealedFile
         file.flush()
         os.fsync(file.fileno())
     return SealedFile(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements in row-major order, copied to the host where it is on a GPU.
+
+    Args:
+        tensor: Of any dtype and device, with at least one element.
+
+    Returns:
+        A view of host memory.
+    """
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def flush_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from trainer.loop import Found, Run
 from trainer.loop import train as run_loop
 from trainer.loss import num_loss_chunks
 from trainer.loss_scale import LossScale
+from trainer.memory import memory_errors
 from trainer.metrics import METRICS, StepTrace, append, cut_after, validation_losses
 from trainer.model import (
     base_folder,
@@ -79,18 +81,33 @@ def train(
         Counts for the stage's record, equal on every rank.
 
     Raises:
-        TrainerError: Something the user can mend, in words.
+        TrainerError: Something the user can fix, in words; NotEnoughMemoryError where an allocation failed.
         Preempted: The run was asked to stop, and everything is saved.
     """
     began = time.perf_counter()
-    found = join(config, run_dir)
+    with memory_errors("training"):
+        found = join(config, run_dir)
+        return fit(config, found, on_step) | {"wall_s": time.perf_counter() - began}
+
+
+def fit(config: TrainerConfig, found: Found, on_step: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+    """Build the engine, restore the newest checkpoint, and train to the end.
+
+    Args:
+        config: What is requested.
+        found: Rank, world, device, folder.
+        on_step: Called on every rank with each row of the metrics.
+
+    Returns:
+        Counts for the stage's record, equal on every rank.
+    """
     engine = build_engine(config, found)
-    attempt = Attempt.begin(run_dir) if found.rank == 0 else None
+    attempt = Attempt.begin(found.run_dir) if found.rank == 0 else None
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
-    base = base_digests(config.model, run_dir, weights=frozen) if found.rank == 0 else None
+    base = base_digests(config.model, found.run_dir, weights=frozen) if found.rank == 0 else None
     arithmetic = arithmetic_of(engine.module, found.device, DTYPES[config.training.precision], found.world_size)
     # The last thing before the loop that draws random numbers: from here on the generators are the interrupted run's.
-    progress = checkpoint.restore(engine, run_dir, base) or checkpoint.Progress(0, 0, 0, 0)
+    progress = checkpoint.restore(engine, found.run_dir, base) or checkpoint.Progress(0, 0, 0, 0)
     progress = replace(progress, loss_scale=first_loss_scale(config.training, progress.loss_scale))
     losses = earlier_losses(progress.step, found)
     with ExitStack() as closing:
@@ -105,13 +122,13 @@ def train(
             guard=StepGuard(engine),
             validation_losses=losses,
             arithmetic=arithmetic,
-            trace=StepTrace(run_dir, found.rank),
+            trace=StepTrace(found.run_dir, found.rank),
             saver=saver_of(config.training, engine, found, attempt, base, tell),
             beat=closing.enter_context(watchdog(config.training, found)).beat,
         )
         closing.callback(run.trace.stop)
         end = run_loop(run, progress)
-    return counts(run, progress, end) | {"wall_s": time.perf_counter() - began}
+    return counts(run, progress, end)
 
 
 def saver_of(
@@ -231,27 +248,78 @@ def join(config: TrainerConfig, run_dir: Path) -> Found:
     Raises:
         TrainerError: This machine can't do what is asked.
     """
-    on_gpu = torch.cuda.is_available()
-    if problems := device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu):
+    device = take_device()
+    if problems := device_problems(
+        config.model,
+        config.training,
+        config.deepspeed,
+        on_gpu=device.type == "cuda",
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    ):
         raise TrainerError("\n".join(problems))
     torch.set_num_threads(config.training.threads_per_worker)
     transformers.utils.logging.disable_progress_bar()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 warns about at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    device = torch.device("cpu")
-    if on_gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
+    if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
         # DeepSpeed would compile a shared-memory op (g++, 20 s) that only its inference all-reduce uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    join_group("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=config.training.collective_timeout_s))
+    return Found(dist.get_rank(), dist.get_world_size(), device, run_dir)
+
+
+def take_device() -> torch.device:
+    """Take the GPU that this rank's LOCAL_RANK names, or the one it was left; the CPU where there is none.
+
+    Where each process sees one GPU alone (`srun --gpus-per-task=1`), its index is 0 whatever the rank on the node.
+    DeepSpeed, accelerate and PyTorch's NCCL set-up read the index from LOCAL_RANK, so the variable is set to it.
+
+    Returns:
+        The device, which is PyTorch's current one from here on.
+
+    Raises:
+        TrainerError: This machine has more ranks than the GPUs that they see.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    index = 0 if num_gpus == 1 else local_rank
+    if index >= num_gpus:
+        raise TrainerError(
+            f"rank {local_rank} of this machine finds {num_gpus} GPUs: start as many ranks as there are GPUs, or give "
+            "each rank one of its own"
+        )
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def join_group(backend: str, timeout: timedelta) -> None:
+    """Make the process group, or take the one that exists, and DeepSpeed's beside it.
+
+    Args:
+        backend: nccl or gloo.
+        timeout: Longest time of a collective operation.
+    """
     if not dist.is_initialized() and "RANK" not in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")  # the one variable that DeepSpeed reads even then
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    return Found(dist.get_rank(), dist.get_world_size(), device, run_dir)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Give every process group of this process a timeout.
+
+    ZeRO's collectives run in groups that DeepSpeed (0.19.8, utils/groups.py) makes without one, which leaves them
+    PyTorch's default (2.13): ten minutes for NCCL, which would abort before a longer hang_timeout_s is over.
+
+    Args:
+        timeout: Longest time of a collective operation.
+    """
+    groups = dist.distributed_c10d
+    for group in groups._world.pg_map:
+        groups._set_pg_timeout(timeout, group)
 
 
 def seed_generators(seed: int) -> None:
@@ -299,6 +367,7 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     offloaded = config.deepspeed.offload_optimizer != "none"
     optimizer = optimizer_for(model, config.training, offloaded=offloaded)
     engine, *_ = deepspeed.initialize(model=model.to(found.device), optimizer=optimizer, config=settings)
+    set_group_timeouts(timedelta(seconds=config.training.collective_timeout_s))
     engine.basic_optimizer.state.clear()  # ZeRO 0 in bf16 has taken a step already, with gradients of 0 at a rate of 0
     prove_forward(engine.module)
     if config.data.packing:

@@ -37,6 +37,7 @@ def deepspeed_dict(training: TrainingConfig, deepspeed: DeepSpeedConfig, world_s
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": zero_section(deepspeed),
         **scaling_section(training),
+        **gradient_section(training, deepspeed),
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -57,6 +58,31 @@ def scaling_section(training: TrainingConfig) -> dict[str, Any]:
     if training.precision != "fp16":
         return {}
     return {"fp16": {"enabled": True, "loss_scale": 2.0**training.loss_scale_power}}
+
+
+def gradient_section(training: TrainingConfig, deepspeed: DeepSpeedConfig) -> dict[str, Any]:
+    """The format in which 16-bit gradients are summed over micro-batches and ranks, where it is not their own.
+
+    Both keys are needed: without the second, DeepSpeed (0.19.8) adds up the ranks' gradients in 16 bits. At stage 1 in
+    bf16 it then takes its BF16_Optimizer, which holds the whole fp32 gradient on each rank;
+    `immediate_grad_update` frees each 16-bit gradient as soon as it has been added.
+
+    Args:
+        training: The precision.
+        deepspeed: Stage and grad_accum_dtype.
+
+    Returns:
+        A JSON-able dictionary; empty where gradients are summed in the training's precision.
+    """
+    if deepspeed.grad_accum_dtype == training.precision:
+        return {}
+    section: dict[str, Any] = {
+        "data_types": {"grad_accum_dtype": deepspeed.grad_accum_dtype},
+        "communication_data_type": deepspeed.grad_accum_dtype,
+    }
+    if training.precision == "bf16" and deepspeed.stage == 1 and deepspeed.offload_optimizer == "none":
+        section["bf16"] = {"enabled": True, "immediate_grad_update": True}
+    return section
 
 
 def zero_section(deepspeed: DeepSpeedConfig) -> dict[str, Any]:

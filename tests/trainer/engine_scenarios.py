@@ -32,10 +32,13 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from trainer import checkpoint, engine_state, sealed, stored
 from trainer.attempt import Attempt
 from trainer.checkpoint import Progress, Saver
+from trainer.config import DeepSpeedConfig, TrainingConfig
 from trainer.errors import TrainerError
 from trainer.failures import StepGuard
+from trainer.zero import gradient_section
 
 LAYOUTS = [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+LAYOUTS += [(1, "bf16-sums-in-bf16"), (2, "bf16-sums-in-bf16")]
 
 
 class Net(torch.nn.Module):
@@ -64,9 +67,11 @@ def make_engine(stage: int, precision: str, seed: int, dropout: float = 0.2) -> 
         "gradient_accumulation_steps": 4 // dist.get_world_size(),
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 30},
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision.startswith("bf16")},
         "steps_per_print": 10**9,
     }
+    if stage and precision == "bf16":  # as the trainer does by default
+        config |= gradient_section(TrainingConfig(), DeepSpeedConfig(stage=stage))
     torch.manual_seed(7)
     frozen = torch.nn.Linear(13, 13).state_dict()
     torch.manual_seed(seed)

@@ -8,6 +8,7 @@ same. So both refusals are lifted here, and the rest is DeepSpeed's and our own 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def config_of(case, folder, world_size):
             "model": {"from_scratch": {"vocab_size": 300}, "attention": case.get("attention", "auto")},
             "data": {"path": folder / "rows.json", "sequence_length": 96, "packing": case["packing"]},
             "training": training,
-            "deepspeed": {"stage": case.get("stage", 2)},
+            "deepspeed": case["deepspeed"],
         }
     )
 
@@ -38,9 +39,11 @@ def config_of(case, folder, world_size):
 def take_step(case, folder):
     """The loss as it is reported, and every parameter's gradient of the step as DeepSpeed would use it."""
     run_dir = folder / ("packed" if case["packing"] else "padded")
-    config = config_of(case, folder, dist.get_world_size())
+    config = config_of(case, folder, int(os.environ["WORLD_SIZE"]))
     found = join(config, run_dir)
+    timeouts = group_timeouts()
     engine = build_engine(config, found)
+    timeouts += group_timeouts()
     scale = first_loss_scale(config.training, None)
     gradients = {}
     real_step = engine.step
@@ -57,14 +60,20 @@ def take_step(case, folder):
     steps = engine_state.num_optimizer_steps(engine)
     engine.destroy()
     loss = outcome.summed_loss / batch.num_target_tokens
-    return {"loss": loss, "gradients": gradients, "norm": outcome.gradient_norm, "steps": steps}
+    measured = {"loss": loss, "gradients": gradients, "norm": outcome.gradient_norm, "steps": steps}
+    return measured | {"timeouts": timeouts}
+
+
+def group_timeouts():
+    """Timeout of every process group of this process, in seconds."""
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
 def main():
     folder = Path(sys.argv[1])
     worker.device_problems = lambda *_, **__: []
     CPU_Accelerator.is_fp16_supported = lambda _: True
-    dist.init_process_group("gloo")
     for case in json.loads(sys.argv[2]):
         result = take_step(case, folder)
         if dist.get_rank() == 0:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 LAYOUTS = ["zero0-fp32", "zero0-bf16", "zero1-bf16", "zero2-fp32", "zero2-bf16", "zero3-fp32", "zero3-bf16"]
+LAYOUTS += ["zero1-bf16-sums-in-bf16", "zero2-bf16-sums-in-bf16"]
 
 
 @pytest.fixture(scope="module")

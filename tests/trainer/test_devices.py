@@ -5,14 +5,19 @@ import sys
 import pytest
 
 from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
-from trainer.devices import device_problems, refuse_small_disk
+from trainer.devices import device_problems, is_installed, refuse_small_disk
 from trainer.errors import TrainerError
 
 MODEL = ModelConfig(name_or_path="owner/model")
 
 
-def problems(model=MODEL, deepspeed=None, *, on_gpu=False, **training):
-    return device_problems(model, TrainingConfig(**training), DeepSpeedConfig(**deepspeed or {}), on_gpu=on_gpu)
+FLASH = {name: MODEL.model_copy(update={"attention": name}) for name in ("flash_attention_2", "flash_attention_3")}
+V100, T4, A100, H100 = (7, 0), (7, 5), (8, 0), (9, 0)
+
+
+def problems(model=MODEL, deepspeed=None, *, on_gpu=False, capability=None, **training):
+    sections = model, TrainingConfig(**training), DeepSpeedConfig(**deepspeed or {})
+    return device_problems(*sections, on_gpu=on_gpu, capability=capability)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +26,6 @@ def problems(model=MODEL, deepspeed=None, *, on_gpu=False, **training):
         ({"precision": "fp16"}, "take bf16"),
         ({"optimizer": "paged_adamw_8bit"}, "on CPUs take adamw_8bit"),
         ({"optimizer": "paged_adamw_32bit"}, "on CPUs take adamw"),
-        ({"model": MODEL.model_copy(update={"attention": "flash_attention_2"})}, "take auto, sdpa or eager"),
         ({"model": MODEL.model_copy(update={"attention": "flex_attention"})}, "no backward pass on CPUs"),
     ],
 )
@@ -33,6 +37,51 @@ def test_what_needs_a_gpu_is_refused_on_cpus_alone(asked, words):
 
 def test_what_runs_on_cpus_is_not_refused():
     assert problems(optimizer="adamw_8bit", precision="fp32") == problems() == []
+
+
+@pytest.mark.parametrize("capability", [V100, T4])
+def test_bf16_is_refused_on_gpus_that_have_none(capability):
+    (line,) = problems(on_gpu=True, capability=capability, deepspeed={"stage": 0})
+    assert "training.precision: bf16 needs GPUs of compute capability 8.0 or more" in line
+    assert f"these have {capability[0]}.{capability[1]}" in line
+    assert line.endswith("set training.precision to fp16 and deepspeed.stage to 1")
+    assert problems(on_gpu=True, capability=capability)[0].endswith("to fp16")
+    for precision in ("fp16", "fp32"):
+        assert problems(on_gpu=True, capability=capability, precision=precision) == []
+
+
+@pytest.mark.parametrize("capability", [A100, H100, None])
+def test_bf16_is_taken_where_it_works_or_the_card_is_not_known(capability):
+    assert problems(on_gpu=True, capability=capability) == []
+
+
+@pytest.mark.parametrize(
+    ("attention", "package"), [("flash_attention_2", "flash-attn"), ("flash_attention_3", "flash-attn-3")]
+)
+def test_flash_attention_without_its_package_is_refused(monkeypatch, attention, package):
+    asked = []
+    monkeypatch.setattr("trainer.devices.is_installed", lambda name: bool(asked.append(name)))
+    (line,) = problems(FLASH[attention], on_gpu=True, capability=H100)
+    assert f"model.attention: {attention} needs the package {package}, which is not installed" in line
+    assert "no kernel is fetched from the hub" in line
+    assert asked == [package]
+    (line,) = problems(FLASH[attention])
+    assert "needs a GPU: take auto, sdpa or eager" in line
+
+
+def test_an_installed_package_is_found_by_its_own_name():
+    assert is_installed("pydantic")
+    assert not is_installed("flash-attn-of-nobody")
+
+
+def test_flash_attention_needs_a_newer_gpu_and_16_bits(monkeypatch):
+    monkeypatch.setattr("trainer.devices.is_installed", lambda _: True)
+    flash = FLASH["flash_attention_2"]
+    assert problems(flash, on_gpu=True, capability=A100) == []
+    (line,) = problems(flash, on_gpu=True, capability=T4, precision="fp16")
+    assert "needs GPUs of compute capability 8.0 or more" in line
+    (line,) = problems(flash, on_gpu=True, capability=A100, precision="fp32")
+    assert "computes in 16 bits, training.precision is fp32" in line
 
 
 def test_liger_kernels_need_their_package_and_a_gpu(monkeypatch):

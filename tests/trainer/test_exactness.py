@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.splits import write_split
+from trainer.config import TrainingConfig
 from trainer.data.shards import PackedSplit
 
 NUM_ROWS = 24
@@ -27,9 +28,16 @@ def padded(micro_batch_size, **changes):
     return case(micro_batch_size, NUM_ROWS, packing=False, **changes)
 
 
-def case(micro_batch_size, global_batch_size, *, packing, name, stage=2, attention="auto", **training):
+def case(micro_batch_size, global_batch_size, *, packing, name, stage=2, attention="auto", sums="fp32", **training):
     sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
-    return {"name": name, "packing": packing, "stage": stage, "attention": attention, "training": sizes | training}
+    deepspeed = {"stage": stage, "grad_accum_dtype": sums}
+    return {
+        "name": name,
+        "packing": packing,
+        "deepspeed": deepspeed,
+        "attention": attention,
+        "training": sizes | training,
+    }
 
 
 CASES = {
@@ -54,7 +62,9 @@ CASES = {
         packed(4, name="recomputed", gradient_checkpointing=True),
         packed(4, name="zero-3-recomputed-chunked", stage=3, gradient_checkpointing=True, logits_bytes=65536),
         packed(4, name="chunked", logits_bytes=65536),
-        packed(4, name="bf16-zero-0", stage=0, precision="bf16"),
+        packed(4, name="bf16-zero-0", stage=0, precision="bf16", sums="bf16"),
+        packed(4, name="bf16-zero-1", stage=1, precision="bf16"),
+        packed(4, name="bf16-zero-2", stage=2, precision="bf16"),
         packed(4, name="bf16-zero-3", stage=3, precision="bf16"),
         packed(4, name="fp16-zero-1", stage=1, precision="fp16"),
         packed(1, name="fp16-zero-2", stage=2, precision="fp16", loss_scale_power=10),
@@ -144,3 +154,10 @@ def test_the_gradient_s_norm_is_told_and_the_optimizer_has_counted_one_step(fold
 
 def test_some_micro_batches_hold_no_target(folder):
     assert PackedSplit.open(folder / "packed" / "data" / "train").num_packs < PACKED_BATCH - 1
+
+
+def test_collectives_of_every_group_outlast_a_hang(folder):
+    """The world's group as `join` made it, then all groups, DeepSpeed's own among them: more than hang_timeout_s."""
+    timeouts = torch.load(folder / "two-ranks.pt", weights_only=True)["timeouts"]
+    assert len(timeouts) >= 3
+    assert set(timeouts) == {1.1 * TrainingConfig().hang_timeout_s}

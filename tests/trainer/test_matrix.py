@@ -221,6 +221,13 @@ def test_what_does_not_work_is_refused_with_what_to_use_instead(method, stage):
     ("training", "deepspeed", "message"),
     [
         ({"precision": "fp16"}, {"stage": 0}, "use stage 1"),
+        (
+            {"precision": "bf16"},
+            {"stage": 0},
+            "use stage 1, which sums them in fp32, or deepspeed.grad_accum_dtype: bf16",
+        ),
+        ({"precision": "fp32"}, {"grad_accum_dtype": "bf16"}, "training.precision is fp32: use fp32"),
+        ({"precision": "bf16"}, {"grad_accum_dtype": "fp16"}, "training.precision is bf16: use fp32, or bf16"),
         ({"optimizer": "adamw_8bit"}, {"stage": 2, "offload_optimizer": "cpu"}, "use adamw"),
         ({"optimizer": "adamw_8bit", "min_workers": 1}, {}, "leave min_workers out"),
     ],
@@ -228,7 +235,7 @@ def test_what_does_not_work_is_refused_with_what_to_use_instead(method, stage):
 def test_what_deepspeed_can_not_do_is_refused(training, deepspeed, message):
     content = values("full", 2)
     content["training"] |= training
-    content["deepspeed"] |= deepspeed
+    content["deepspeed"] = deepspeed
     with pytest.raises(ValidationError, match=message):
         TrainerConfig.model_validate(content)
 

@@ -14,6 +14,8 @@ RECORDS = Path(__file__).with_name("zero")
 TRAINING = TrainingConfig(global_batch_size=64, micro_batch_size=2)
 CASES = {
     "stage-0-fp32": (TRAINING.model_copy(update={"precision": "fp32", "max_grad_norm": None}), {"stage": 0}, 8),
+    "stage-0-bf16": (TRAINING, {"stage": 0, "grad_accum_dtype": "bf16"}, 8),
+    "stage-1": (TRAINING, {"stage": 1}, 8),
     "stage-2": (TRAINING, {}, 8),
     "stage-1-fp16": (TRAINING.model_copy(update={"precision": "fp16", "loss_scale_power": 12}), {"stage": 1}, 2),
     "stage-2-8-bit": (TRAINING.model_copy(update={"optimizer": "adamw_8bit"}), {}, 8),

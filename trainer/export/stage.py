@@ -250,7 +250,7 @@ def _digests(model: torch.nn.Module, dtype: torch.dtype, *, trained_only: bool) 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trained_only:
             data = parameter.detach().to(dtype if parameter.is_floating_point() else parameter.dtype)
-            found[name] = hashlib.sha256(data.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+            found[name] = hashlib.sha256(sealed.tensor_bytes(data)).hexdigest()
     return found
 
 
