@@ -117,13 +117,14 @@ def load_base(
     if config.from_scratch is not None and not Path(place, "config.json").is_file():
         raise TrainerError(f"there is no base model in {place}: run the prepare stage first")
     try:
-        base = AutoConfig.from_pretrained(place, revision=config.revision)
+        base = AutoConfig.from_pretrained(place, revision=config.revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             place,
             revision=config.revision,
             dtype=dtype,
             attn_implementation=attention_backend(config, base, device, dtype, sequence_length),
             use_safetensors=True,
+            trust_remote_code=False,
             quantization_config=quantization,
         )
     except (OSError, ValueError, ImportError) as error:
