@@ -7,8 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
-from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -140,18 +138,41 @@ def freeze(model: PreTrainedModel, config: FreezeTuning) -> None:
             raise TrainerError(
                 f"tuning.names: {pattern} fits no weight of the model; its weights are such as {names[-3:]}"
             )
-    decoder = model.get_decoder()
-    if config.last_layers > len(decoder.layers):
-        raise TrainerError(f"tuning.last_layers is {config.last_layers}, the model has {len(decoder.layers)} layers")
+    layers, norm = decoder_parts(model)
+    if config.last_layers > len(layers):
+        raise TrainerError(f"tuning.last_layers is {config.last_layers}, the model has {len(layers)} layers")
     model.requires_grad_(False)
-    for layer in decoder.layers[len(decoder.layers) - config.last_layers :]:
+    for layer in layers[len(layers) - config.last_layers :]:
         layer.requires_grad_(True)
     if config.head:
         model.get_output_embeddings().requires_grad_(True)
-        decoder.norm.requires_grad_(True)
+        norm.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in config.names):
             parameter.requires_grad_(True)
+
+
+def decoder_parts(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
+    """The layers of the decoder, and the norm after the last one.
+
+    Args:
+        model: A causal language model.
+
+    Returns:
+        Both; GPT-2 and its kin name them h and ln_f, all newer families layers and norm.
+
+    Raises:
+        TrainerError: This model names them otherwise.
+    """
+    decoder: Any = model.get_decoder()
+    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+    norm = getattr(decoder, "norm", None) or getattr(decoder, "ln_f", None)
+    if layers is None or norm is None:
+        raise TrainerError(
+            f"tuning.method freeze finds no layers and last norm in {type(decoder).__name__}: use tuning.method full "
+            "or lora"
+        )
+    return layers, norm
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -210,6 +231,10 @@ def optimizer_for(model: nn.Module, config: TrainingConfig, *, offloaded: bool =
         {"params": others, "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
+    # Here, so that who only applies a tuning method does not wait for DeepSpeed to load.
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
     numbers: dict[str, Any] = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
     match config.optimizer:
         case "adamw" if offloaded:

@@ -363,7 +363,9 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     trained, every = (counted[name] // found.world_size for name in ("num_trained_parameters", "num_parameters"))
     refuse_small_disk(config.deepspeed, trained, every, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     most_tokens = config.training.micro_batch_size * length
-    return_the_loss(model, num_loss_chunks(most_tokens, base.vocab_size, config.training.logits_bytes))
+    return_the_loss(
+        model, num_loss_chunks(most_tokens, base.config.get_text_config().vocab_size, config.training.logits_bytes)
+    )
     offloaded = config.deepspeed.offload_optimizer != "none"
     optimizer = optimizer_for(model, config.training, offloaded=offloaded)
     engine, *_ = deepspeed.initialize(model=model.to(found.device), optimizer=optimizer, config=settings)

@@ -183,9 +183,14 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: TemplateName) -> None
 def _stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The first special token that the tokenizer's own template writes after an assistant's words."""
     words = "Fine words"
-    text = _render(
-        tokenizer, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": words}], None, False
-    )
+    messages: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": words}]
+    try:
+        text = _render(tokenizer, messages, None, False)
+    except BadRowError as error:
+        raise TrainerError(
+            f"data.template is chat, but the tokenizer's own template can't be used ({error.reason}): choose "
+            "alpaca, phi3 or chatml, or correct it in the tokenizer's files"
+        ) from error
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     ids = tokenizer(text.rpartition(words)[2], add_special_tokens=False).input_ids
     stops = [token for token in ids if token in special]

@@ -38,8 +38,8 @@ def load_tokenizer(model: ModelConfig, template: TemplateName) -> PreTrainedToke
             raise TrainerError(f"model.name_or_path: there is no folder {place}")
         place = tokenizer_folder(str(model.name_or_path), model.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # what a broken file makes the libraries raise is anything
         raise TrainerError(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
         ) from error

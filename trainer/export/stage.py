@@ -19,7 +19,6 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -35,12 +34,12 @@ from trainer.export.check import (
     check_loss,
     compare_with_vllm,
     device_of_the_gate,
-    differing_settings,
     read_prompts,
     row_by_row_loss,
     settings_of,
 )
-from trainer.model import base_folder, causal_lm
+from trainer.export.folder import check_settings, check_tokenizer, prepare_configs, stop_tokens, write_files
+from trainer.model import base_folder
 from trainer.stored import StoredTensors, newest
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
 
@@ -119,11 +118,11 @@ def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
     job = Job(config, run_dir, _tokenizer(run_dir / "data" / "tokenizer"), content["validation_loss"])
     with StoredTensors(checkpoint, [file.name for file in files]) as stored:
         model, found = _model_to_export(job, content["parameters"], stored)
+    notes = prepare_configs(model, job.tokenizer)
     expected = Expected(settings_of(model), _digests(model, job.dtype, trained_only=job.gives_adapter))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     final = run_dir / "model"
     partial = final.with_name(final.name + sealed.PARTIAL)
-    _set_generation(model, job.tokenizer)
     _write(model, job.tokenizer, partial)
     del model
     found |= _gate(job, partial, expected)
@@ -136,6 +135,7 @@ def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
         "dtype": config.training.precision,
         "num_bytes": sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
         "stop_token": job.tokenizer.eos_token,
+        "notes": notes,
         **found,
     }
 
@@ -156,7 +156,7 @@ def _refuse_changed_base(config: TrainerConfig, run_dir: Path, trained_on: dict[
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise TrainerError(f"{folder}, the tokenizer as trained with, is missing: run prepare")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
 
 
@@ -169,6 +169,7 @@ def _load_base(job: Job, *, quantized: bool) -> Any:  # noqa: ANN401
         revision=job.config.model.revision,
         dtype=job.dtype,
         use_safetensors=True,
+        trust_remote_code=False,
         quantization_config=quantization(job.config.tuning, job.dtype) if quantized else None,
     )
     keep_weights_trainable_on_cpu(model)  # bitsandbytes would round their constants at the first evaluation
@@ -229,21 +230,6 @@ def _fill(model: torch.nn.Module, shapes: dict[str, list[int]], stored: StoredTe
         parameter.copy_(stored.read("weight", name, 0, parameter.numel()).view_as(parameter))
 
 
-def _set_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
-    """Let generation end where training ended an answer; what else the base stops at stays."""
-    network = causal_lm(model)
-    stop = tokenizer.eos_token_id
-    generation = network.generation_config
-    before = generation.eos_token_id
-    others = [before] if isinstance(before, int) else list(before or [])
-    stops = [stop, *(token for token in others if token != stop)]
-    generation.eos_token_id = stops if len(stops) > 1 else stop
-    generation.pad_token_id = network.config.pad_token_id = tokenizer.pad_token_id
-    generation.bos_token_id = network.config.bos_token_id = tokenizer.bos_token_id
-    network.config.eos_token_id = stop
-    network.config.use_cache = generation.use_cache = True
-
-
 def _digests(model: torch.nn.Module, dtype: torch.dtype, *, trained_only: bool) -> dict[str, str]:
     """SHA-256 of every parameter that goes into the folder, by name; in the number format of the training."""
     found = {}
@@ -265,10 +251,7 @@ def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     """Write the folder to disk; PEFT's model writes its adapter alone."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if isinstance(model, PeftModel):
-            causal_lm(model).generation_config.save_pretrained(folder)
+        write_files(model, tokenizer, folder)
         for path in folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -313,10 +296,10 @@ def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
     """
     tolerance = TOLERANCES[job.config.training.precision]
     served, prompts = _ask(job, folder)  # first: vLLM wants the device for itself
-    _check_tokenizer(folder, job.tokenizer)
+    check_tokenizer(folder, job.tokenizer)
     model = _load_again(job, folder, quantized=True)
     _check_tensors(_digests(model, job.dtype, trained_only=False), expected.digests, folder)
-    _check_settings(settings_of(model), expected.settings, folder)
+    check_settings(settings_of(model), expected.settings, folder)
     loss = row_by_row_loss(model.to(device_of_the_gate()), _validation(job))
     check_loss(job.trained_loss, loss, tolerance.loss)
     measured: dict[str, Any] = {
@@ -330,7 +313,7 @@ def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
         model = _load_again(job, folder, quantized=False).to(device_of_the_gate())
         measured["served_loss"] = row_by_row_loss(model, _validation(job))
     if served is not None:
-        stops = set() if job.gives_adapter else _stops(folder)  # beside an adapter vLLM goes by the base's stops
+        stops = set() if job.gives_adapter else stop_tokens(folder)  # beside an adapter vLLM goes by the base's stops
         measured["vllm"] = compare_with_vllm(model, prompts, served, stops, tolerance.logprob)
     return measured
 
@@ -352,7 +335,9 @@ def _load_again(job: Job, folder: Path, *, quantized: bool) -> Any:  # noqa: ANN
     if job.gives_adapter:
         base = _load_base(job, quantized=quantized)
         return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
     return model.eval()
 
 
@@ -362,27 +347,3 @@ def _check_tensors(found: dict[str, str], digests: dict[str, str], folder: Path)
             raise TrainerError(f"the exported folder {folder} does not hold {name}")
         if found[name] != digest:
             raise TrainerError(f"{name} in the exported folder {folder} is not what was trained")
-
-
-def _check_settings(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
-    differing = differing_settings(expected, found)
-    if differing:
-        raise TrainerError(
-            f"the exported folder {folder} does not load with the training's settings: {'; '.join(differing)} (trained "
-            "first, exported second)"
-        )
-
-
-def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    again = AutoTokenizer.from_pretrained(folder)
-    if again.chat_template != tokenizer.chat_template or again.get_vocab() != tokenizer.get_vocab():
-        raise TrainerError(f"the tokenizer in {folder} is not the training's: its vocabulary or template differs")
-    if again.eos_token_id not in _stops(folder):
-        raise TrainerError(
-            f"generation_config.json in {folder} stops at {sorted(_stops(folder))}, training at {again.eos_token_id}"
-        )
-
-
-def _stops(folder: Path) -> set[int]:
-    stops = GenerationConfig.from_pretrained(folder).eos_token_id
-    return {stops} if isinstance(stops, int) else set(stops or [])
