@@ -87,9 +87,13 @@ def plan(
 ) -> None:
     """Check everything and tell what a run would do and need, without starting anything."""
     from launcher import plan as planning
+    from launcher.submit.commands import with_site
+    from launcher.submit.script import Place, whole_run
 
     loaded = load_config(config, set_)
     folder = _folder(loaded, run_dir)
+    if loaded.cluster.slurm is not None:
+        loaded = with_site(loaded, None)  # as it would be submitted: what the job has counts, not this machine
     typer.echo(planning.describe(loaded, folder, tokens_per_s=tokens_per_s, gpu_hour_price=gpu_hour_price))
     if scale:
         from launcher.estimate.scale import scale as scaled
@@ -97,11 +101,8 @@ def plan(
         typer.echo("\n".join(["", *scaled(loaded, folder, network_bytes_per_s=network_gb_per_s * 1e9)]))
     planning.check(loaded)
     if loaded.cluster.slurm is not None:
-        from launcher.submit.commands import with_site
-        from launcher.submit.script import Place, whole_run
-
         place = Place(folder.resolve(), Path.cwd(), sys.executable)
-        typer.echo(f"\nThe job's script:\n\n{whole_run(with_site(loaded, None), place)[0].text}", nl=False)
+        typer.echo(f"\nThe job's script:\n\n{whole_run(loaded, place)[0].text}", nl=False)
 
 
 @app.command()

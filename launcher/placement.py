@@ -12,6 +12,9 @@ from evaluation.config import GenerationConfig, JuryJudge, VllmJudge
 from launcher.config import RunConfig
 from launcher.stages import Stage
 
+# Where nothing says how many CPUs a node has, they are no reason to refuse a run.
+UNKNOWN_CPUS = 10**6
+
 
 @dataclass(frozen=True)
 class Node:
@@ -30,7 +33,8 @@ class Node:
     def __str__(self) -> str:
         """The node in words."""
         gpus = f"{counted(self.num_gpus, 'GPU')} and " if self.num_gpus else ""
-        return f"{self.name or 'a node'} has {gpus}{counted(self.num_cpus, 'CPU')}"
+        cpus = "CPUs of unknown number" if self.num_cpus == UNKNOWN_CPUS else counted(self.num_cpus, "CPU")
+        return f"{self.name or 'a node'} has {gpus}{cpus}"
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evaluation.config import JudgeConfig, JuryJudge, ModelSource, VllmJudge, key_variables
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
-from launcher.estimate import memory, text
-from launcher.gpus import visible_gpus
-from launcher.ray_cluster import local_resources, misfits, uses_gpus
+from launcher.estimate import fit, memory, text
+from launcher.estimate.served import served_models
+from launcher.placement import in_words
+from launcher.ray_cluster import Resources, local_resources, misfits, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
 from trainer.devices import device_problems
@@ -47,24 +49,71 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     Returns:
         A line for each.
     """
-    resources = local_resources()
+    resources, known = resources_of(config)
+    on_gpu = uses_gpus(config.cluster, resources)
     found = [problem for path in config.data.local_paths for problem in _data_problems(path)]
     found += _judge_problems(config) + _storage_problems(config)
     if "generate" in stages:
         found += _harness_problems(config) + _further_model_problems(config)
-    found += _head_size_problems(config)
+    found += _head_size_problems(config, on_gpu=on_gpu)
     if config.model.name_or_path is not None:
         found += _model_problems("model.name_or_path", config.model.name_or_path)
-    if config.cluster.address == "local":
+    if known:
         found += misfits(config, resources, stages)
+    found += _engine_problems(config, resources, stages, on_gpu=on_gpu)
     if "train" not in stages:
         return found
-    on_gpu = uses_gpus(config.cluster, resources)
-    if config.cluster.address == "local":
-        # The newest card's: what is refused by it could run on none of them, and a worker looks at its own.
-        capability = max((gpu.capability for gpu in visible_gpus() if gpu.capability), default=None)
+    if resources.is_here:
+        capability = resources.capability if on_gpu else None
         found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu, capability=capability)
-    return found + memory.problems(config, on_gpu=on_gpu)
+    return found + memory.problems(config, resources, on_gpu=on_gpu)
+
+
+def resources_of(config: RunConfig) -> tuple[Resources, bool]:
+    """What the run will have, and whether that is known before it starts.
+
+    A run that is submitted to Slurm has what its job asks for; the machine that submits it does not count. Of a Ray
+    cluster that is joined nothing is known here.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        The resources, and whether these are the run's.
+    """
+    here = local_resources()
+    if config.cluster.slurm is not None and config.cluster.address == "auto":
+        from launcher.submit.granted import slurm_resources
+
+        return slurm_resources(config), True
+    if config.cluster.address == "local":
+        return here, True
+    return replace(here, gpu_memory=None, capability=None, gpu_kind="", source="the cluster that is joined"), False
+
+
+def _engine_problems(config: RunConfig, resources: Resources, stages: Sequence[Stage], *, on_gpu: bool) -> list[str]:
+    gpu_memory = memory.gpu_memory_of(config, resources)
+    served, _ = served_models(config, stages, on_gpu=on_gpu, gpu_memory=gpu_memory)
+    return fit.problems(resources, served, gpu_memory, on_gpu=on_gpu)
+
+
+def _engine_lines(config: RunConfig, resources: Resources, run_dir: Path, *, on_gpu: bool) -> list[str]:
+    gpu_memory = memory.gpu_memory_of(config, resources)
+    base = run_dir / "base" if (run_dir / "base").is_dir() else None
+    served, unknown = served_models(config, on_gpu=on_gpu, gpu_memory=gpu_memory, base=base)
+    return fit.describe(resources, served, gpu_memory, on_gpu=on_gpu) + [f"engine     {words}" for words in unknown]
+
+
+def _resource_lines(config: RunConfig, resources: Resources, known: bool) -> list[str]:
+    if not known:
+        return [f"resources  known when {resources.source} is there: {config.cluster.address}"]
+    gpus = ""
+    if resources.num_gpus:
+        gpu_memory = memory.gpu_memory_of(config, resources)
+        size = "whose memory is not known (cluster.gpu_memory_gib names it)" if gpu_memory is None else ""
+        gpus = f"; GPU {resources.gpu_kind or 'of no named type'}, {size or memory.in_gib(gpu_memory or 0)}"
+    where = "" if resources.is_here else f"{resources.source}: "
+    return [f"resources  {where}{'; '.join(in_words(resources.by_node))}{gpus}"]
 
 
 def describe(
@@ -81,9 +130,10 @@ def describe(
     Returns:
         The text.
     """
-    resources = local_resources()
+    resources, known = resources_of(config)
     training = config.training
-    device = "GPU" if uses_gpus(config.cluster, resources) else "CPU"
+    on_gpu = uses_gpus(config.cluster, resources)
+    device = "GPU" if on_gpu else "CPU"
     accumulation = training.global_batch_size // (training.num_workers * training.micro_batch_size)
     sources = ", ".join(source.path for source in config.data.all_sources)
     lines = [
@@ -95,8 +145,9 @@ def describe(
         f"batch      {training.global_batch_size} x {config.data.sequence_length} tokens an optimizer step: "
         f"{training.num_workers} workers x {training.micro_batch_size} micro-batch x {accumulation} accumulation",
         f"judge      {config.judge.type}",
+        *_resource_lines(config, resources, known),
+        *_engine_lines(config, resources, run_dir, on_gpu=on_gpu),
     ]
-    on_gpu = uses_gpus(config.cluster, resources)
     lines += text.describe(config, run_dir, on_gpu=on_gpu, tokens_per_s=tokens_per_s, price=gpu_hour_price)
     if not all(path.exists() for path in config.data.local_paths):
         return "\n".join(lines)
@@ -165,9 +216,9 @@ def _storage_problems(config: RunConfig) -> list[str]:
     return []
 
 
-def _head_size_problems(config: RunConfig) -> list[str]:
+def _head_size_problems(config: RunConfig, *, on_gpu: bool) -> list[str]:
     sizes = config.model.from_scratch
-    if sizes is None or uses_gpus(config.cluster, local_resources()):
+    if sizes is None or on_gpu:
         return []
     head_size = sizes.hidden_size // sizes.num_heads
     if head_size in CPU_HEAD_SIZES:

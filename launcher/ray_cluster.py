@@ -34,7 +34,8 @@ class Resources:
         num_gpus: GPUs of all nodes.
         nodes: Each node's own; empty where there is one node.
         gpu_memory: Memory of the smallest GPU, in bytes; None where it is not known.
-        capability: Compute capability of the oldest GPU; None where it is not known.
+        capability: Compute capability of the newest GPU: what it can't do, none can. None where it is not known.
+        gpu_kind: Its name; empty where it is not known.
         source: Where this is known from, in words.
     """
 
@@ -43,6 +44,7 @@ class Resources:
     nodes: tuple[Node, ...] = ()
     gpu_memory: int | None = None
     capability: tuple[int, int] | None = None
+    gpu_kind: str = ""
     source: str = HERE
 
     @property
@@ -59,16 +61,28 @@ class Resources:
 def local_resources() -> Resources:
     """The CPUs this process may use, and the GPUs that CUDA gives it; loads nothing heavy."""
     gpus = visible_gpus()
-    memory = min((gpu.memory for gpu in gpus), default=None)
-    capability = min((gpu.capability for gpu in gpus if gpu.capability), default=None)
-    return Resources(len(os.sched_getaffinity(0)), len(gpus), gpu_memory=memory, capability=capability)
+    smallest = min(gpus, key=lambda gpu: gpu.memory, default=None)
+    return Resources(
+        num_cpus=len(os.sched_getaffinity(0)),
+        num_gpus=len(gpus),
+        gpu_memory=smallest.memory if smallest else None,
+        capability=max((gpu.capability for gpu in gpus if gpu.capability), default=None),
+        gpu_kind=smallest.name if smallest else "",
+    )
 
 
-def together(nodes: Iterable[Node], source: str) -> Resources:
+def together(
+    nodes: Iterable[Node],
+    source: str,
+    *,
+    gpu_memory: int | None = None,
+    capability: tuple[int, int] | None = None,
+    gpu_kind: str = "",
+) -> Resources:
     """The resources of these nodes."""
     each = tuple(nodes)
     num_cpus, num_gpus = sum(node.num_cpus for node in each), sum(node.num_gpus for node in each)
-    return Resources(num_cpus, num_gpus, each, source=source)
+    return Resources(num_cpus, num_gpus, each, gpu_memory, capability, gpu_kind, source)
 
 
 def cluster_resources(*, free: bool = False) -> Resources:

@@ -45,6 +45,7 @@ class Settings:
         adapters: Slots for LoRA adapters.
         adapter_rank: Rank of these.
         eager: Whether it does without CUDA graphs.
+        steps_under_way: Steps that are planned and not yet done; vLLM plans one ahead on GPUs.
     """
 
     max_model_len: int
@@ -56,6 +57,7 @@ class Settings:
     adapters: int = 0
     adapter_rank: int = 0
     eager: bool = False
+    steps_under_way: int = 2
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,7 @@ def cache_bytes(attention: Attention | None, settings: Settings) -> int | None:
     whole = math.ceil(settings.max_model_len / settings.block)
     blocks = 0
     for window in attention.windows:
-        # vLLM plans its steps one ahead, so two of them may be under way.
-        kept = None if window is None else window - 1 + 2 * settings.step_tokens
+        kept = None if window is None else window - 1 + settings.steps_under_way * settings.step_tokens
         if kept is None or kept >= settings.max_model_len:
             blocks += whole + (window is not None)
         else:

@@ -16,6 +16,7 @@ from launcher.estimate.engines import (
 )
 from launcher.estimate.memory import in_gib, machine_memory
 from launcher.estimate.served import Served
+from launcher.placement import counted
 from launcher.ray_cluster import Resources
 
 # vLLM's default is 0.92; a little is left to CUDA's context and to what vLLM does not count.
@@ -196,13 +197,14 @@ def _on_gpus(one: Served, resources: Resources, gpu_memory: int | None) -> str:
     has = "what a GPU has is not known: cluster.gpu_memory_gib names it"
     if gpu_memory is not None:
         has = f"has {in_gib(_has(one, gpu_memory))}, {one.share:g} of {in_gib(gpu_memory)}"
-    there = f" of {resources.num_gpus}" if resources.num_gpus else ""
-    uses = f"{_count(one)} on {one.engines * size}{there} GPUs"
+    uses = f"{_count(one)} on {counted(one.engines * size, 'GPU')}"
+    if resources.num_gpus > one.engines * size:
+        uses += f" of {resources.num_gpus}"
     return f"needs {in_gib(memory.total)} of each GPU ({_parts(one, memory)}), {has}; {uses}"
 
 
 def _count(one: Served) -> str:
-    return f"{one.engines} engine{'' if one.engines == 1 else 's'}"
+    return counted(one.engines, "engine")
 
 
 def _parts(one: Served, memory: EngineMemory) -> str:

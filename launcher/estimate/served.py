@@ -82,6 +82,7 @@ def served_models(
             adapters=2 if adapter_rank else 0,  # one slot stays empty
             adapter_rank=adapter_rank,
             eager=not on_gpu,
+            steps_under_way=2 if on_gpu else 1,
         )
         cache = int(of.cpu_cache_gib * GIB)
         least = _least_len(config, of)

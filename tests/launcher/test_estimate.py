@@ -19,7 +19,9 @@ from launcher.estimate.memory import GIB, host_of, memory_of
 from launcher.estimate.shapes import Shape, trained_weights
 from launcher.estimate.traffic import traffic_of
 from launcher.quickstart_data import write_quickstart_data
+from launcher.ray_cluster import Resources
 
+ANYWHERE = Resources(num_cpus=64, num_gpus=8, source="a cluster")
 # Llama-3.1-8B: the count is the one of its safetensors files.
 LLAMA_8B = Shape(8_030_261_248, hidden=4096, intermediate=14336, num_layers=32, kv_width=1024, vocab_size=128_256)
 
@@ -34,7 +36,9 @@ def changed(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 
 def test_weights_are_counted_from_sizes_as_the_model_has_them() -> None:
-    assert shapes._count(LLAMA_8B, 4096, tied=False) == 8_030_261_248
+    named = shapes.shape_named("meta-llama/Llama-3.1-8B-Instruct")
+    assert named is not None
+    assert vars(named) | {"attention": None, "max_positions": None} == vars(LLAMA_8B)
 
 
 def test_zero_shares_by_hand(eight_b: RunConfig) -> None:
@@ -94,17 +98,17 @@ def test_what_cannot_fit_is_refused_with_the_nearest_that_can(
     eight_b: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "shape_of", lambda *_: LLAMA_8B)
-    assert memory.problems(eight_b, on_gpu=True) == []
+    assert memory.problems(eight_b, ANYWHERE, on_gpu=True) == []
     unsharded = changed(eight_b, "deepspeed", stage=0)
-    (problem,) = memory.problems(unsharded, on_gpu=True)
+    (problem,) = memory.problems(unsharded, ANYWHERE, on_gpu=True)
     assert "for each GPU, which has 80.0 GiB" in problem
     assert problem.endswith("the nearest setting that fits: deepspeed.stage=2")
     way_out = changed(unsharded, "deepspeed", stage=2)
-    assert memory.problems(way_out, on_gpu=True) == []
+    assert memory.problems(way_out, ANYWHERE, on_gpu=True) == []
     small = changed(unsharded, "cluster", gpu_memory_gib=24)
-    (problem,) = memory.problems(small, on_gpu=True)
+    (problem,) = memory.problems(small, ANYWHERE, on_gpu=True)
     assert problem.endswith("deepspeed.stage=3 training.num_workers=16"), problem
-    (problem,) = memory.problems(changed(unsharded, "cluster", gpu_memory_gib=2), on_gpu=True)
+    (problem,) = memory.problems(changed(unsharded, "cluster", gpu_memory_gib=2), ANYWHERE, on_gpu=True)
     assert problem.endswith("no setting that was tried fits")
 
 
