@@ -57,11 +57,11 @@ def cards_of(slurm: SlurmConfig) -> Iterator[tuple[str, Card | None]]:
     Yields:
         The type's word, and the card that it means; None where that is not known.
     """
-    entries = [*(slurm.gpus_per_node or "").split(","), *(slurm.gres or "").split(","), *slurm.options]
-    words = [
-        kind[1] for entry in entries if (kind := re.search(r"(?:^|[=:/])(?:gpu[:/])?([A-Za-z][\w.-]*):\d+", entry))
-    ]
-    if typed := [word for word in words if word.casefold() != "gpu"]:
+    by_count = [entry.partition(":") for entry in (slurm.gpus_per_node or "").split(",")]
+    typed = [kind for kind, _, number in by_count if number]
+    for text in (slurm.gres or "", *slurm.options):
+        typed += re.findall(r"(?:\bgpu[:/]|^--gpus[a-z-]*=)([A-Za-z][\w.-]*):\d", text)
+    if typed:
         yield from ((word, card_of(word)) for word in typed)
         return
     for word in re.split(r"[^\w.-]+", slurm.constraint or ""):

@@ -117,7 +117,7 @@ def named(name: str) -> Shape:
 def a_token(shape: Shape, **settings: Any) -> int:
     """Bytes of cache that one more token takes."""
     longer, shorter = (cache_bytes(shape.attention, Settings(length, **settings)) for length in (3200, 1600))
-    assert longer is not None and shorter is not None  # noqa: PT018
+    assert longer is not None and shorter is not None
     return (longer - shorter) // 1600
 
 
@@ -128,7 +128,7 @@ def test_usual_models_have_their_published_weights(name: str, num_weights: int) 
 
 def test_experts_and_latent_attention_are_counted() -> None:
     moe, deepseek = read_shape(QWEN3_MOE), read_shape(DEEPSEEK_V2_LITE)
-    assert moe is not None and deepseek is not None  # noqa: PT018
+    assert moe is not None and deepseek is not None
     assert moe.num_weights == 30_532_122_624  # as the hub shows Qwen3-30B-A3B
     assert deepseek.num_weights == 15_706_484_224  # DeepSeek-V2-Lite
     assert a_token(deepseek) == 27 * (512 + 64) * 2
@@ -366,7 +366,7 @@ def test_the_longest_context_is_searched() -> None:
     shape = named("Qwen/Qwen3-32B")
     longest = longest_that_fits(shape, Settings(40_960), 70 * GIB, on_gpu=True)
     fits, one_more = (engine_memory(shape, Settings(length), on_gpu=True) for length in (longest, longest + 1024))
-    assert fits is not None and one_more is not None  # noqa: PT018
+    assert fits is not None and one_more is not None
     assert fits.total <= 70 * GIB < one_more.total
     assert longest_that_fits(shape, Settings(40_960), 10 * GIB, on_gpu=True) == 0
 
