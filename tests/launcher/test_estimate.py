@@ -112,9 +112,17 @@ def test_adapters_by_hand(eight_b: RunConfig) -> None:
 def test_traffic_by_hand(eight_b: RunConfig) -> None:
     # 32 packs over 8 ranks: 4 micro-batches. Stage 3 gathers bf16 weights twice and reduces once in each of them.
     n = LLAMA_8B.num_weights
-    assert traffic_of(eight_b, LLAMA_8B).network == 3 * n * 4 * 2 * 7 // 8
-    assert traffic_of(changed(eight_b, "deepspeed", stage=2), LLAMA_8B).network == n * (4 + 1) * 2 * 7 // 8
-    assert traffic_of(changed(eight_b, "deepspeed", stage=0), LLAMA_8B).network == 2 * n * 2 * 7 // 8
+
+    def sent(**deepspeed: Any) -> int:
+        return traffic_of(changed(eight_b, "deepspeed", **deepspeed), LLAMA_8B).network
+
+    assert sent() == (2 * 2 + 4) * n * 4 * 7 // 8
+    assert sent(stage=2) == n * (4 * 4 + 2) * 7 // 8
+    assert sent(stage=1) == n * (2 * 4 + 2) * 7 // 8
+    # Gradients summed in bf16 are sent in bf16.
+    assert sent(grad_accum_dtype="bf16") == 3 * n * 4 * 2 * 7 // 8
+    assert sent(stage=2, grad_accum_dtype="bf16") == n * (4 + 1) * 2 * 7 // 8
+    assert [sent(stage=stage, grad_accum_dtype="bf16") for stage in (0, 1)] == [2 * n * 2 * 7 // 8] * 2
     assert traffic_of(eight_b, LLAMA_8B).checkpoint == 12 * n
 
 
