@@ -132,11 +132,12 @@ def num_oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
     return next((int(row[1]) for row in rows if row[0] == "oom_kill"), 0)
 
 
-def smaller_setting(config: RunConfig, *, on_gpu: bool) -> str:
+def smaller_setting(config: RunConfig, limit: int | None, *, on_gpu: bool) -> str:
     """The nearest setting that needs less memory than a run that ran out of it, in words.
 
     Args:
         config: the run's configuration.
+        limit: memory that one rank may take, in bytes; None where it is not known.
         on_gpu: whether ranks have GPUs.
 
     Returns:
@@ -146,7 +147,7 @@ def smaller_setting(config: RunConfig, *, on_gpu: bool) -> str:
     shape = shape_of(config)
     if shape is None:
         return "set training.micro_batch_size: 1 and training.gradient_checkpointing: true, or take more workers"
-    estimate, limit = memory.memory_of(config, shape, on_gpu=on_gpu), memory.limit_of(config, on_gpu=on_gpu)
+    estimate = memory.memory_of(config, shape, on_gpu=on_gpu)
     most = min(limit or estimate.total, int(0.8 * estimate.total))
     there = f" of {memory.in_gib(limit)}" if limit else ""
     way_out = memory.nearest_that_fits(config, shape, most, on_gpu=on_gpu)

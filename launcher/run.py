@@ -16,6 +16,7 @@ from evaluation.config import AnsweringModel, ModelSource, VllmJudge
 from launcher import plan
 from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError, Preempted
+from launcher.estimate.memory import limit_of
 from launcher.progress import MetricsFollower
 from launcher.ray_cluster import check_fits, ray_cluster, uses_gpus
 from launcher.run_directory import is_held, open_run_directory, write_atomically
@@ -289,7 +290,7 @@ class _Work:
                     tick=tick,
                     notify=self._say,
                     wait_s=self.config.cluster.wait_s,
-                    smaller=lambda: smaller_setting(self.config, on_gpu=use_gpu),
+                    smaller=lambda: smaller_setting(self.config, limit_of(self.config, on_gpu=use_gpu), on_gpu=use_gpu),
                 )
         except Preempted:
             self.push()

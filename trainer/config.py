@@ -372,7 +372,8 @@ class TrainingConfig(Section):
     hang_timeout_s: float = Field(
         1800.0,
         gt=0,
-        description="Longest time of a micro-batch or a checkpoint, in seconds; then the group is restarted.",
+        description="Longest time of a micro-batch or a checkpoint, in seconds; then the group is restarted. "
+        "Collectives time out later, so that the ranks' stacks are written first.",
     )
     on_nonfinite: str = Field(
         "stop",

@@ -34,6 +34,7 @@ FRAMEWORK_BYTES = {"cpu": 700 * 2**20, "cuda": 1536 * 2**20}
 # Held / told over the shapes that were measured: what a person is told beside the figure.
 CPU_RANGE = (0.9, 1.6)
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size: weights of a rank that one part of stage 3's step updates
 FP32 = 4
 # Adam's two moments, in bytes a weight.
 MOMENTS = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
@@ -76,7 +77,7 @@ def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool, target_share: fl
     frozen_bytes = int(frozen * (0.55 if isinstance(config.tuning, QloraTuning) else element))
     share = training.num_workers if stage else 1
     masters = 0 if element == FP32 and stage == 0 else FP32
-    # What is offloaded leaves a GPU, and its gradients with it; host_of tells where it goes. On a CPU it stays.
+    # What is offloaded leaves a GPU; host_of says where it goes. On a CPU it stays.
     optimizer_stays = not on_gpu or config.deepspeed.offload_optimizer == "none"
     weights_stay = not on_gpu or config.deepspeed.offload_parameters == "none"
     weights = (trained * element + frozen_bytes) // (training.num_workers if stage == 3 else 1)
@@ -87,7 +88,7 @@ def memory_of(config: RunConfig, shape: Shape, *, on_gpu: bool, target_share: fl
         buffers = max(0, buffers - activations - logits)
     return Memory(
         weights=weights * weights_stay,
-        gradients=_gradients(trained, element, stage, training.num_workers) * optimizer_stays,
+        gradients=_gradients(config, trained, element, on_gpu=on_gpu),
         optimizer=(masters + MOMENTS[training.optimizer]) * trained // share * optimizer_stays,
         buffers=buffers,
         activations=activations,
@@ -115,30 +116,50 @@ def host_of(config: RunConfig, shape: Shape) -> int:
     return held // config.training.num_workers
 
 
-def _gradients(trained: int, element: int, stage: int, num_workers: int) -> int:
-    """Gradients that stay until the step, and their fp32 copy that the step makes where they are 16 bits."""
-    full = element * trained + (FP32 * trained if element != FP32 else 0)
-    match stage:
-        case 0:
-            return full
-        case 1:
-            return element * trained + FP32 * trained // num_workers
-        case _:
-            return full // num_workers
+def _gradients(config: RunConfig, trained: int, element: int, *, on_gpu: bool) -> int:
+    """Gradients that stay until the step, and the copy of them that the step makes, in bytes.
+
+    Gradients of 16 bits that are summed in fp32 leave each backward pass as soon as they are added: at stage 1 to sums
+    of all weights, at stages 2 and 3 to the rank's share; stage 3 copies that once for the step. With the optimizer
+    offloaded, stage 3 has the sums on the host, while stages 1 and 2 leave them on the GPU. Gradients that are summed
+    in their own format go to the host with the optimizer, and 16-bit ones get an fp32 copy in the step.
+    """
+    stage, num_workers = config.deepspeed.stage, config.training.num_workers
+    offloaded = on_gpu and config.deepspeed.offload_optimizer != "none"
+    if sums_in_fp32(config, element):
+        share = FP32 * trained // num_workers
+        # At stage 1 BF16_Optimizer reduces its sums in place; DeepSpeedZeroOptimizer cuts the share out of them.
+        in_place = config.training.precision == "bf16" and config.deepspeed.offload_optimizer == "none"
+        at_stage = {
+            1: FP32 * trained + share * (not in_place),
+            2: share,
+            3: (share + min(share, FP32 * SUB_GROUP)) * (not offloaded),
+        }
+        return at_stage[stage]
+    copy = FP32 * trained if element != FP32 else 0
+    at_stage = {0: element * trained + copy, 1: element * trained + FP32 * trained // num_workers}
+    return at_stage.get(stage, (element * trained + copy) // num_workers) * (not offloaded)
+
+
+def sums_in_fp32(config: RunConfig, element: int) -> bool:
+    """Whether gradients of 16 bits are summed over micro-batches and ranks in fp32."""
+    return config.deepspeed.stage > 0 and element != FP32 and config.deepspeed.grad_accum_dtype == "fp32"
 
 
 def _buffers(config: RunConfig, shape: Shape, trained: int, element: int, *, on_gpu: bool) -> int:
     """The bucket that gradients are reduced in, and, in stage 3, weights that are gathered for use.
 
     A GPU gives ZeRO's bucket whole; a CPU's pages are taken when they are first written, so it counts there as far as
-    it is filled. Stage 0 copies its gradients into such a bucket to reduce them.
+    it is filled. Stage 0 copies its gradients into such a bucket to reduce them. Where gradients are summed in fp32,
+    stages 2 and 3 copy a bucket to fp32 to reduce it; stage 3 also sorts it by ranks, in a second copy.
     """
     stage = config.deepspeed.stage
     asked = config.deepspeed.raw.get("zero_optimization", {})
     bucket = asked.get("reduce_bucket_size", config.deepspeed.bucket_elements)
     filled = int(bucket) if on_gpu and stage else min(int(bucket), trained)
     gathered = min(LIVE_PARAMETERS, shape.num_weights) if stage == 3 else 0
-    return element * (filled + gathered)
+    copies = max(0, stage - 1) if sums_in_fp32(config, element) else 0
+    return element * (filled + gathered) + FP32 * copies * min(filled, trained)
 
 
 def _activations(config: RunConfig, shape: Shape, element: int, *, on_gpu: bool) -> int:

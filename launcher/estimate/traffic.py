@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.config import RunConfig
+from launcher.estimate.memory import sums_in_fp32
 from launcher.estimate.shapes import Shape, element_bytes, trained_weights
 
 FP32 = 4
@@ -36,16 +37,20 @@ def traffic_of(config: RunConfig, shape: Shape) -> Traffic:
     trained = trained_weights(config, shape)
     ring = (training.num_workers - 1) / training.num_workers
     accumulation = training.global_batch_size // (training.num_workers * training.micro_batch_size)
+    in_fp32 = sums_in_fp32(config, element)
+    reduced = trained * (FP32 if in_fp32 else element)
     match stage:
-        case 0 | 1:
-            elements = 2 * trained
+        case 0:
+            sent = 2 * reduced
+        case 1:  # sums in fp32 are whole on every rank: an all-reduce, where others are reduced to their owners
+            sent = reduced * (2 if in_fp32 else 1) + trained * element
         case 2:  # gradients are reduced after every micro-batch, weights gathered once
-            elements = trained * (accumulation + 1)
+            sent = reduced * accumulation + trained * element
         case 3:  # weights are gathered forward and backward in every micro-batch
-            elements = (2 * shape.num_weights + trained) * accumulation
+            sent = (2 * shape.num_weights * element + reduced) * accumulation
     merged = config.tuning.method in ("full", "freeze") or config.export.merge
     return Traffic(
-        network=int(elements * element * ring),
+        network=int(sent * ring),
         checkpoint=3 * FP32 * trained,
         export=(shape.num_weights if merged else trained) * 2,
     )

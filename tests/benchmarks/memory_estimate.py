@@ -99,12 +99,13 @@ def write_config(case: Case, folder: Path, model: dict[str, Any]) -> Path:
         "validate_every": 1000,
         "checkpoint_every": 1000,
     }
+    precision = case.training.get("precision", "fp32")
     tree = {
         "run": {"name": "measured", "storage": str(folder)},
         "model": model,
         "data": {"path": str(folder / "data.json"), "sequence_length": case.length},
         "training": training | case.training,
-        "deepspeed": {"stage": case.stage},
+        "deepspeed": {"stage": case.stage, "grad_accum_dtype": "fp32" if case.stage else precision},
         "tuning": case.tuning,
         "cluster": {"device": "cpu"},
     }

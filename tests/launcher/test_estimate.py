@@ -42,12 +42,40 @@ def test_weights_are_counted_from_sizes_as_the_model_has_them() -> None:
 
 
 def test_zero_shares_by_hand(eight_b: RunConfig) -> None:
-    # bf16 weights 2 bytes, gradients 2 and their fp32 copy 4, fp32 master and two moments 12; 8 ranks.
+    # bf16 weights 2 bytes, fp32 master and two moments 12; 8 ranks.
     n = LLAMA_8B.num_weights
     told = {stage: memory_of(changed(eight_b, "deepspeed", stage=stage), LLAMA_8B, on_gpu=True) for stage in range(4)}
     assert [told[stage].weights for stage in range(4)] == [2 * n, 2 * n, 2 * n, 2 * n // 8]
     assert [told[stage].optimizer for stage in range(4)] == [12 * n, 12 * n // 8, 12 * n // 8, 12 * n // 8]
-    assert [told[stage].gradients for stage in range(4)] == [6 * n, 2 * n + 4 * n // 8, 6 * n // 8, 6 * n // 8]
+
+
+def test_gradients_by_hand(eight_b: RunConfig) -> None:
+    n = LLAMA_8B.num_weights
+    share = 4 * n // 8  # fp32 sums of a rank's share of the weights
+
+    def told(**deepspeed: Any) -> int:
+        return memory_of(changed(eight_b, "deepspeed", **deepspeed), LLAMA_8B, on_gpu=True).gradients
+
+    # 16-bit sums, and their fp32 copy in the step.
+    kept = [told(stage=stage, grad_accum_dtype="bf16") for stage in range(4)]
+    assert kept == [6 * n, 2 * n + share, 6 * n // 8, 6 * n // 8]
+    # fp32 sums: of all weights, of a share, and in stage 3 that share's copy in parts of a milliard weights.
+    assert [told(stage=stage) for stage in (1, 2, 3)] == [4 * n, share, share + 4 * 10**9]
+    # With the optimizer on the host the sums of stages 1 and 2 stay on the GPU.
+    offloaded = [told(stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)]
+    assert offloaded == [4 * n + share, share, 0]
+    assert [told(stage=stage, offload_optimizer="cpu", grad_accum_dtype="bf16") for stage in (1, 2, 3)] == [0, 0, 0]
+    fp32 = changed(changed(eight_b, "training", precision="fp32"), "deepspeed", stage=2)
+    assert memory_of(fp32, LLAMA_8B, on_gpu=True).gradients == share
+
+
+def test_a_bucket_that_is_reduced_in_fp32_is_copied(eight_b: RunConfig) -> None:
+    def told(**deepspeed: Any) -> int:
+        return memory_of(changed(eight_b, "deepspeed", **deepspeed), LLAMA_8B, on_gpu=True).buffers
+
+    bucket = eight_b.deepspeed.bucket_elements
+    copies = [told(stage=stage) - told(stage=stage, grad_accum_dtype="bf16") for stage in (1, 2, 3)]
+    assert copies == [0, 4 * bucket, 8 * bucket]
 
 
 def test_what_is_offloaded_leaves_the_gpu(eight_b: RunConfig) -> None:
@@ -88,9 +116,17 @@ def test_adapters_by_hand(eight_b: RunConfig) -> None:
 def test_traffic_by_hand(eight_b: RunConfig) -> None:
     # 32 packs over 8 ranks: 4 micro-batches. Stage 3 gathers bf16 weights twice and reduces once in each of them.
     n = LLAMA_8B.num_weights
-    assert traffic_of(eight_b, LLAMA_8B).network == 3 * n * 4 * 2 * 7 // 8
-    assert traffic_of(changed(eight_b, "deepspeed", stage=2), LLAMA_8B).network == n * (4 + 1) * 2 * 7 // 8
-    assert traffic_of(changed(eight_b, "deepspeed", stage=0), LLAMA_8B).network == 2 * n * 2 * 7 // 8
+
+    def sent(**deepspeed: Any) -> int:
+        return traffic_of(changed(eight_b, "deepspeed", **deepspeed), LLAMA_8B).network
+
+    assert sent() == (2 * 2 + 4) * n * 4 * 7 // 8
+    assert sent(stage=2) == n * (4 * 4 + 2) * 7 // 8
+    assert sent(stage=1) == n * (2 * 4 + 2) * 7 // 8
+    # Gradients summed in bf16 are sent in bf16.
+    assert sent(grad_accum_dtype="bf16") == 3 * n * 4 * 2 * 7 // 8
+    assert sent(stage=2, grad_accum_dtype="bf16") == n * (4 + 1) * 2 * 7 // 8
+    assert [sent(stage=stage, grad_accum_dtype="bf16") for stage in (0, 1)] == [2 * n * 2 * 7 // 8] * 2
     assert traffic_of(eight_b, LLAMA_8B).checkpoint == 12 * n
 
 

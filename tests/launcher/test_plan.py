@@ -8,6 +8,7 @@ import pytest
 from launcher import plan
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
+from launcher.gpus import Gpu
 from launcher.ray_cluster import Resources, check_fits
 
 
@@ -106,3 +107,17 @@ def test_benchmarks_are_refused_where_the_harness_is_missing(tmp_path: Path, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     assert "pip install 'lm-eval[api]>=0.4.9'`, or take generation.lm_eval out" in problem(config)
     plan.check(config, ["prepare", "train", "export"])
+
+
+def test_bf16_on_cards_that_lack_it_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (
+        Gpu("card", uuid, 16 * 2**30, capability) for uuid, capability in (("GPU-a", (7, 0)), ("GPU-b", (8, 0)))
+    )
+    for gpus, refused in (((old,), True), ((old, new), False), ((new,), False)):
+        monkeypatch.setattr("launcher.gpus._driver_gpus", lambda gpus=gpus: gpus)
+        found = plan.problems(make(tmp_path), ["train"])
+        assert any("training.precision: bf16 needs GPUs of compute capability 8.0" in line for line in found) is refused
+    monkeypatch.setattr("launcher.gpus._driver_gpus", lambda: (old,))
+    assert plan.problems(make(tmp_path, training={"precision": "fp16"}), ["train"]) == []

@@ -99,6 +99,22 @@ def test_a_worker_killed_in_a_step_is_replaced_and_the_run_goes_on_by_itself(who
     assert_same_run(run_dir, whole)
 
 
+def test_memory_that_does_not_suffice_ends_the_run_at_once(whole: Path, tmp_path: Path) -> None:
+    """A real allocation fails in the workers: a bucket of gradients larger than a process's address space."""
+    run_dir = fresh_copy(whole, tmp_path / "run")
+    set_options(run_dir, "deepspeed", bucket_elements=5 * 10**13)
+    told: list[str] = []
+    config = load_trainer_config(run_dir / "config.yaml")
+    with pytest.raises(LauncherError) as caught:
+        train_on_ray(
+            config, run_dir, use_gpu=False, tick=lambda: None, notify=told.append, smaller=lambda: "take less of it"
+        )
+    assert "ran out of memory while training" in str(caught.value)
+    assert "you tried to allocate 200000000000000 bytes" in str(caught.value)
+    assert str(caught.value).endswith("take less of it")
+    assert told == []
+
+
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced_and_the_stacks_are_saved(whole: Path, tmp_path: Path) -> None:
     run_dir = fresh_copy(whole, tmp_path / "run", hang_timeout_s=5.0)

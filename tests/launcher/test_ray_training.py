@@ -5,17 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from launcher.ray_training import Resume, Retry, Stop, decide, found_by_workers, workers_for
+from launcher.config import load_config
+from launcher.estimate.memory import memory_of
+from launcher.estimate.shapes import Shape
+from launcher.ray_training import (
+    Resume,
+    Retry,
+    Stop,
+    _trainer,
+    decide,
+    found_by_workers,
+    num_oom_kills,
+    smaller_setting,
+    workers_for,
+)
 from trainer.config import TrainerConfig, TrainingConfig
-from trainer.errors import Preempted, TrainerError
+from trainer.errors import NotEnoughMemoryError, Preempted, TrainerError
 
 
 def failed(**by_rank: Exception) -> WorkerGroupError:
     failures = {int(rank[1:]): UserExceptionWithTraceback(cause, "trace") for rank, cause in by_rank.items()}
     return WorkerGroupError("workers failed", failures)
+
+
+def gone(cause: Exception) -> WorkerHealthCheckFailedError:
+    """What Ray Train makes of a worker that no longer answers."""
+    return WorkerHealthCheckFailedError("Worker's health check failed", cause)
 
 
 def test_workers_with_folders_of_their_own_find_what_is_named_from_here(
@@ -62,6 +81,63 @@ def test_what_another_attempt_cannot_mend_stops_at_once() -> None:
 
 def test_a_preempted_run_is_resumed_later() -> None:
     assert decide(failed(r0=Preempted("saved step 7")), failures=1, stalled=0, max_failures=0) == Resume("saved step 7")
+
+
+SMALLER = "the nearest setting that fits: training.micro_batch_size=1"
+
+
+@pytest.mark.parametrize(
+    ("error", "oom_kills", "words"),
+    [
+        (NotEnoughMemoryError("rank 1 ran out of memory while training: CUDA out of memory."), 0, "rank 1 ran out of"),
+        (gone(OutOfMemoryError("Memory on the node was 61.9GB / 62.0GB")), 0, "rank 1 was killed by Ray, because its"),
+        (gone(ActorDiedError()), 2, "the kernel killed 2 processes of this machine because memory ran out"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_not_tried_again(error: Exception, oom_kills: int, words: str) -> None:
+    failure = failed(r0=RuntimeError("peer closed"), r1=error)
+    decision = decide(failure, failures=1, stalled=0, max_failures=3, oom_kills=oom_kills, smaller=SMALLER)
+    assert isinstance(decision, Stop)
+    assert words in decision.cause
+    assert decision.cause.endswith(f"\n{SMALLER}")
+
+
+def test_a_worker_that_was_killed_while_memory_sufficed_is_replaced() -> None:
+    assert isinstance(decide(failed(r1=gone(ActorDiedError())), failures=1, stalled=0, max_failures=3), Retry)
+    peer = failed(r1=RuntimeError("peer closed"))  # killed for memory was something else
+    assert isinstance(decide(peer, failures=1, stalled=0, max_failures=3, oom_kills=1), Retry)
+
+
+def test_kills_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 7\nnuma_hit 1\n")
+    assert num_oom_kills(tmp_path / "vmstat") == 7
+    assert num_oom_kills(tmp_path / "missing") == 0
+
+
+def test_the_way_out_of_too_little_memory_needs_less_than_what_failed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(8_030_261_248, hidden=4096, intermediate=14336, num_layers=32, kv_width=1024, vocab_size=128_256)
+    monkeypatch.setattr("launcher.ray_training.shape_of", lambda _: shape)
+    config = load_config(repository / "configs/8b.yaml", ["judge={type: reference}", "deepspeed.stage=2"])
+    words = smaller_setting(config, 80 * 2**30, on_gpu=True)
+    assert "of 80.0 GiB for a rank" in words
+    assert words.endswith("the nearest setting that fits: deepspeed.stage=3 training.num_workers=16")
+    failed_one = memory_of(config, shape, on_gpu=True).total
+    assert failed_one < 80 * 2**30  # by the estimate it fitted
+    larger = ["judge={type: reference}", "deepspeed.stage=3", "training.num_workers=16"]
+    way_out = load_config(repository / "configs/8b.yaml", larger)
+    assert memory_of(way_out, shape, on_gpu=True).total < 0.8 * failed_one
+    monkeypatch.setattr("launcher.ray_training.shape_of", lambda _: None)
+    assert "training.micro_batch_size: 1" in smaller_setting(config, None, on_gpu=True)
+
+
+@pytest.mark.parametrize(("hang_timeout_s", "timeout_s"), [(1800, 1980), (600, 660), (30, 600)])
+def test_collectives_under_ray_outlast_a_hang(tmp_path: Path, hang_timeout_s: float, timeout_s: int) -> None:
+    sections = {"model": {"name_or_path": "owner/name"}, "data": {"path": "rows.json"}}
+    training = {"training": {"hang_timeout_s": hang_timeout_s}}
+    made = _trainer(TrainerConfig.model_validate(sections | training), tmp_path, tmp_path, use_gpu=False)
+    assert made.backend_config.timeout_s == timeout_s
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import RunConfig
-from launcher.stages import STAGES, Differs, Finished, Unfinished, begin, finish, state_of
+from launcher.stages import STAGES, Differs, Finished, Unfinished, begin, fingerprint, finish, state_of
 
 
 @pytest.fixture
@@ -103,6 +103,12 @@ def test_the_layout_of_the_work_may_change(config: RunConfig, run_dir: Path) -> 
     begin("train", config, run_dir, again=False)
     (run_dir / "checkpoints").mkdir()
     assert state_of("train", changed(config, "training", num_workers=4, max_failures=9), run_dir) == Unfinished()
+
+
+def test_how_gradients_are_summed_is_part_of_the_result(config: RunConfig, run_dir: Path) -> None:
+    asked = fingerprint("train", config, run_dir)
+    assert asked["deepspeed.grad_accum_dtype"] == "fp32"
+    assert fingerprint("train", changed(config, "deepspeed", grad_accum_dtype="bf16"), run_dir) != asked
 
 
 def test_how_hard_a_jury_or_a_further_model_is_asked_may_change(run_dir: Path, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from trainer.config import DeepSpeedConfig, ModelConfig, QloraTuning, TrainingConfig
+from trainer.config import DeepSpeedConfig, ModelConfig, QloraTuning, TrainerConfig, TrainingConfig
 from trainer.errors import TrainerError
 from trainer.model import device_map, load_base
 from trainer.tuning import quantization
-from trainer.worker import take_device
+from trainer.worker import join, take_device
 from trainer.zero import deepspeed_dict
 
 
@@ -57,6 +57,14 @@ def test_more_ranks_than_gpus_are_refused(gpus):
     gpus(2, LOCAL_RANK="2")
     with pytest.raises(TrainerError, match="rank 2 of this machine finds 2 GPUs"):
         take_device()
+
+
+def test_a_worker_refuses_what_its_own_card_can_not_do(gpus, monkeypatch, tmp_path):
+    gpus(1, LOCAL_RANK="0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    sections = {"model": {"name_or_path": "owner/model"}, "data": {"path": "rows.json"}}
+    with pytest.raises(TrainerError, match=r"bf16 needs GPUs of compute capability 8\.0 .* these have 7\.5"):
+        join(TrainerConfig.model_validate(sections), tmp_path)
 
 
 def test_without_a_gpu_local_rank_stays(monkeypatch):
