@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import GenerationConfig, HarnessConfig, ModelSource
+from evaluation.engine_memory import EngineSettings, memory_problem
 from evaluation.errors import EvaluationError
+from evaluation.gpu import wait_until_free
 from evaluation.rows import Row, content_key, write_json
 
 FOLDER = "lm_eval"
@@ -138,6 +140,7 @@ def _model_arguments(source: ModelSource, config: GenerationConfig, limit: int) 
         "tokenizer_revision": source.revision,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         "max_model_len": limit,
         "gpu_memory_utilization": config.gpu_memory_share,
         "trust_remote_code": False,
@@ -168,7 +171,10 @@ def _on_an_engine(
 
     variables = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if ray.cluster_resources().get("GPU", 0):
-        resources: dict[str, Any] = {"num_gpus": config.tensor_parallel_size, "num_cpus": 1}
+        resources: dict[str, Any] = {
+            "num_gpus": config.tensor_parallel_size,
+            "num_cpus": config.tensor_parallel_size,
+        }
     else:
         resources = {"num_cpus": config.cpus_per_engine}
         model = model | {"enforce_eager": True, "kv_cache_memory_bytes": int(config.cpu_cache_gib * 2**30)}
@@ -182,13 +188,26 @@ def _on_an_engine(
     try:
         found: Row = ray.get(task.remote(model, adapter, str(Path(folder).resolve()), asked))
     except RayTaskError as error:
-        words = str(error).strip().splitlines()[-1]
+        words = (
+            memory_problem(_settings(config, on_gpu="num_gpus" in resources), str(error))
+            or str(error).strip().splitlines()[-1]
+        )
         raise EvaluationError(f"lm-evaluation-harness failed on {model['pretrained']}: {words}") from error
     except RayError as error:
         raise EvaluationError(
             f"lm-evaluation-harness died on {model['pretrained']} ({type(error).__name__})"
         ) from error
     return found
+
+
+def _settings(config: GenerationConfig, *, on_gpu: bool) -> EngineSettings:
+    return EngineSettings(
+        "generation",
+        gpu_memory_share=config.gpu_memory_share,
+        tensor_parallel_size=config.tensor_parallel_size,
+        max_model_len=config.max_model_len,
+        cpu_cache_gib=None if on_gpu else config.cpu_cache_gib,
+    )
 
 
 def _merge(model: dict[str, Any], adapter: str, folder: str) -> dict[str, Any]:
@@ -200,7 +219,11 @@ def _merge(model: dict[str, Any], adapter: str, folder: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(
-        model["pretrained"], revision=model["revision"], dtype=model["dtype"], use_safetensors=True
+        model["pretrained"],
+        revision=model["revision"],
+        dtype=model["dtype"],
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
     return model | {"pretrained": folder, "revision": None}
@@ -208,6 +231,7 @@ def _merge(model: dict[str, Any], adapter: str, folder: str) -> dict[str, Any]:
 
 def _evaluate(model: dict[str, Any], adapter: str | None, folder: str, asked: dict[str, Any]) -> Row:
     """Runs in the Ray task: the tasks on one engine; returns what is written of them."""
+    wait_until_free(model.get("gpu_memory_utilization", 0.0), "generation.gpu_memory_share")
     if adapter is not None:
         model = _merge(model, adapter, folder)
     version_of = metadata.version

@@ -21,6 +21,7 @@ import ray
 import ray.exceptions
 from ray.data.llm import Processor, build_processor, vLLMEngineProcessorConfig
 
+from evaluation.engine_memory import EngineSettings, last_words, memory_problem
 from evaluation.errors import EvaluationError
 
 # Sequences that an engine works on at a time, and tokens in one of its steps: what vLLM gives its own batch interface,
@@ -52,6 +53,7 @@ class EngineSpec:
         dtype: Number format of the weights; auto is the model's own.
         gpu_memory_share: Share of a GPU's memory for one engine.
         cpu_cache_gib: Key-value cache of one engine on a CPU, in GiB.
+        section: Of the configuration that says all this, for messages.
         num_adapters: LoRA adapters served beside the base.
         adapter_rank: Their largest rank, as vLLM's kernels are built for.
         head_dim: Width of the model's attention heads, where it is known; checked before an engine starts.
@@ -66,6 +68,7 @@ class EngineSpec:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     gpu_memory_share: float = 0.9
     cpu_cache_gib: float = 1.0
+    section: str = "generation"
     num_adapters: int = 0
     adapter_rank: int = 0
     head_dim: int | None = None
@@ -134,11 +137,19 @@ def engines_that_fit(spec: EngineSpec) -> int:
     resource = "GPU" if _has_gpus() else "CPU"
     need = spec.tensor_parallel_size * (1 if resource == "GPU" else spec.cpus)
     there = [int(node.get(resource, 0)) for node in nodes]
-    fit = sum(count // need for count in there)
+    if need > max(there):
+        raise EvaluationError(
+            f"{spec.section}.tensor_parallel_size = {spec.tensor_parallel_size} needs {need} {resource}s of one node, "
+            f"and the largest has {max(there)} ({resource}s by node: {there}): an engine is never torn over nodes. "
+            f"Lower it to {max(max(there) // (need // spec.tensor_parallel_size), 1)}, or take larger nodes"
+        )
+    # On GPUs an engine takes a CPU for each, too.
+    fit = sum(min(count, int(node.get("CPU", 0))) // need for count, node in zip(there, nodes, strict=True))
     if fit < spec.engines:
         raise EvaluationError(
             f"{spec.engines} vLLM engines of {need} {resource}s each were asked for, and {fit} fit on this cluster "
-            f"({resource}s by node: {there}); lower the number of engines or their size"
+            f"({resource}s by node: {there}; CPUs by node: {[int(node.get('CPU', 0)) for node in nodes]}); lower "
+            f"{spec.section}.engines or their size"
         )
     return fit
 
@@ -195,13 +206,38 @@ def complete(spec: EngineSpec, requests: Sequence[Request]) -> Iterator[Completi
         for row in data.iter_rows():
             yield _completion(row[processor.DATA_COLUMN])
     except ray.exceptions.RayError as error:
-        words = _last_words(started) or f"{type(error).__name__}; Ray's log files have more"
         if isinstance(error, ray.exceptions.GetTimeoutError):
             words = f"not all {spec.engines} were up after {_ENGINE_START_S} s; other work may hold their place"
+        else:
+            words = _why(error, spec, started)
         raise EvaluationError(
-            f"the vLLM engines for {spec.model} failed, {_MAX_RESTARTS} restarts included: {words}. "
-            "What was finished is kept; mend the cause and run the stage again to go on"
+            f"the vLLM engines for {spec.model} failed: {words}. What was finished is kept; fix the cause and run the "
+            "stage again to resume"
         ) from error
+
+
+def _why(error: ray.exceptions.RayError, spec: EngineSpec, since: float) -> str:
+    """The cause of a failure: an engine's own words where it did not start, else the last that one printed."""
+    raised = str(error)
+    if own := re.search(rf"\b{EvaluationError.__name__}: (.+)\Z", raised.strip(), re.DOTALL):
+        return own[1].strip()
+    settings = _settings(spec)
+    words = _last_words(since) or ""
+    meaning = memory_problem(settings, words) or memory_problem(settings, raised)
+    if meaning is not None:
+        return meaning
+    return f"{words or type(error).__name__ + '; Ray has more in its log files'} ({_MAX_RESTARTS} restarts included)"
+
+
+def _settings(spec: EngineSpec) -> EngineSettings:
+    return EngineSettings(
+        spec.section,
+        gpu_memory_share=spec.gpu_memory_share,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        max_model_len=spec.max_model_len,
+        cpu_cache_gib=None if _has_gpus() else spec.cpu_cache_gib,
+        engines=spec.engines,
+    )
 
 
 def _engine_row(spec: EngineSpec, request: Request) -> dict[str, Any]:
@@ -216,11 +252,16 @@ def _engine_row(spec: EngineSpec, request: Request) -> dict[str, Any]:
 
 def _processor(spec: EngineSpec, num_rows: int, num_blocks: int) -> Processor:
     """Build Ray Data's pipeline: the engines alone."""
+    from evaluation.vllm_engine import Engine  # loads torch
+
     processor = build_processor(_processor_config(spec, num_rows, num_blocks))
     # These would be stages of their own, whose processes take CPUs from the engines and let the rows trickle.
     processor.preprocess = processor.postprocess = None
     stage = processor.get_stage_by_name("vLLMEngineStage")
     stage.map_batches_kwargs.update(max_restarts=_MAX_RESTARTS, max_task_retries=_MAX_RESTARTS)
+    stage.fn_constructor_kwargs["settings"] = _settings(spec)
+    # A copy, for an assignment would let the stage work out its resources again, from settings that it has used up.
+    processor.stages["vLLMEngineStage"] = stage.model_copy(update={"fn": Engine})
     return processor
 
 
@@ -240,10 +281,8 @@ def _last_words(since: float) -> str | None:
     found: list[tuple[float, str]] = []
     for path in Path(node.get_session_dir_path(), "logs").glob("worker-*"):
         if path.suffix in (".out", ".err") and path.stat().st_mtime >= since:
-            lines = re.findall(r"(\w*(?:Error|Exception): .+)", path.read_text(encoding="utf-8", errors="replace"))
-            # What follows from the first failure tells nothing about it.
-            lines = [line for line in lines if not re.match("EngineDeadError|.*See root cause", line)]
-            found += [(path.stat().st_mtime, line.strip()[:500]) for line in lines[-1:]]
+            words = last_words(path.read_text(encoding="utf-8", errors="replace"))
+            found += [(path.stat().st_mtime, words)] if words else []
     return max(found)[1] if found else None
 
 
@@ -274,6 +313,10 @@ def _processor_config(spec: EngineSpec, num_rows: int, num_blocks: int) -> vLLME
     engine: dict[str, Any] = {
         "max_model_len": spec.max_model_len,
         "tensor_parallel_size": spec.tensor_parallel_size,
+        # Within the actor's node, by the GPUs that the actor itself holds. Under the backend "ray" each engine has a
+        # placement group that nobody removes (https://github.com/ray-project/ray/issues/64035).
+        "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
+        "trust_remote_code": False,
         "dtype": spec.dtype,
         "revision": spec.revision,
         "disable_log_stats": True,
@@ -286,7 +329,8 @@ def _processor_config(spec: EngineSpec, num_rows: int, num_blocks: int) -> vLLME
     if spec.num_adapters:
         # One slot more than adapters: vLLM's CPU kernels give the last slot to rows without one, so it stays empty.
         engine |= {"enable_lora": True, "max_loras": spec.num_adapters + 1, "max_lora_rank": spec.adapter_rank}
-    bundle: dict[str, float] = {"GPU": 1, "CPU": 1}
+    size = spec.tensor_parallel_size
+    bundle = {"GPU": size, "CPU": size}
     # The one place where the evaluation steers a library through the environment: vLLM and OpenMP offer no argument.
     variables = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if _has_gpus():
@@ -294,9 +338,9 @@ def _processor_config(spec: EngineSpec, num_rows: int, num_blocks: int) -> vLLME
     else:
         # Eager: compiling costs more than it saves on a test set. A fixed cache needs no measuring pass.
         engine |= {"enforce_eager": True, "kv_cache_memory_bytes": int(spec.cpu_cache_gib * 2**30)}
-        bundle = {"CPU": spec.cpus}
+        bundle = {"CPU": spec.cpus * size}
         variables["OMP_NUM_THREADS"] = str(spec.cpus)
-        if spec.tensor_parallel_size == 1:
+        if size == 1:
             # Otherwise a CPU engine starts a third process, which costs its 10 s of imports again.
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # No engine is given more than its share at a time, nor more than keeps it full while batches come and go.
@@ -310,7 +354,8 @@ def _processor_config(spec: EngineSpec, num_rows: int, num_blocks: int) -> vLLME
         batch_size=num_rows // num_blocks,
         max_concurrent_batches=at_once,
         max_tasks_in_flight_per_actor=min(2 * at_once, share),
-        placement_group_config={"bundles": [bundle] * spec.tensor_parallel_size},
+        # One bundle: the resources of the engine's actor, which Ray places on one node.
+        placement_group_config={"bundles": [bundle]},
         runtime_env={"env_vars": variables},
         log_engine_metrics=False,
         should_continue_on_error=True,

@@ -17,9 +17,9 @@ from typing import Any
 
 import ray.train
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import trainer.errors
@@ -29,9 +29,10 @@ from launcher.estimate import memory
 from launcher.estimate.shapes import shape_of
 from launcher.placement import Group, in_words, room
 from launcher.ray_cluster import cluster_resources
+from launcher.torch_backend import ProcessGroup
+from trainer.checkpoints_dir import checkpoints_dir, sealed_steps
 from trainer.config import TrainerConfig, TrainingConfig
 from trainer.errors import NotEnoughMemoryError, TrainerError
-from trainer.stored import sealed_steps
 
 # Ray may take so long to see that a node is gone: five health checks that fail, 3 s apart.
 NODE_LOST_S = 20
@@ -304,7 +305,7 @@ def _where_stacks_are(run_dir: Path) -> str:
 
 
 def _newest_step(run_dir: Path) -> int:
-    return max(sealed_steps(run_dir / "checkpoints"), default=0)
+    return max(sealed_steps(checkpoints_dir(run_dir)), default=0)
 
 
 def found_by_workers(config: TrainerConfig) -> TrainerConfig:
@@ -324,15 +325,12 @@ def found_by_workers(config: TrainerConfig) -> TrainerConfig:
     return config.model_copy(update={"model": model, "deepspeed": deepspeed})
 
 
-def _trainer(config: TrainerConfig, run_dir: Path, storage: Path, *, use_gpu: bool) -> TorchTrainer:
+def _trainer(config: TrainerConfig, run_dir: Path, storage: Path, *, use_gpu: bool) -> DataParallelTrainer:
     training, config = config.training, found_by_workers(config)
-    # Ray's stubs still show the first version of its trainer; what runs is the second.
-    return TorchTrainer(
-        _one_worker,  # type: ignore[arg-type]
+    return DataParallelTrainer(
+        _one_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir.resolve())},
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(training.collective_timeout_s)
-        ),
+        backend_config=ProcessGroup("nccl" if use_gpu else "gloo", math.ceil(training.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=use_gpu,
@@ -347,7 +345,7 @@ def _trainer(config: TrainerConfig, run_dir: Path, storage: Path, *, use_gpu: bo
     )
 
 
-def _watch(trainer: TorchTrainer, tick: Callable[[], None]) -> dict[str, Any]:
+def _watch(trainer: DataParallelTrainer, tick: Callable[[], None]) -> dict[str, Any]:
     """Run fit() beside this thread: in the main thread it would take over Ctrl-C and swallow it."""
     outcome: list[dict[str, Any] | BaseException] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,11 @@ from evaluation.config import AnsweringModel, ModelSource, VllmJudge
 from launcher import plan
 from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError, Preempted
-from launcher.estimate.memory import limit_of
+from launcher.estimate.memory import rank_memory
 from launcher.progress import MetricsFollower
 from launcher.ray_cluster import check_fits, ray_cluster, uses_gpus
 from launcher.run_directory import is_held, open_run_directory, write_atomically
+from launcher.stage_process import estimate_apart, generate_apart, judge_apart, prepare_apart, quieten
 from launcher.stages import STAGES, Differs, Finished, Stage, begin, finish, state_of
 from launcher.storage import RunCopy
 from trainer.stopping import clear_stop, stop_on_signals
@@ -50,7 +50,7 @@ def run_stages(
         ConfigError: before anything starts, if the configuration cannot work, or an earlier result is of another.
     """
     plan.check(config, stages)
-    _quieten()
+    quieten()
     with open_run_directory(run_dir):
         copy = RunCopy(config.run.url, run_dir) if config.run.url else None
         if copy is not None:
@@ -98,7 +98,10 @@ def judge_file(
         )
         if _judges_on_ray(config):
             held.enter_context(ray_cluster(config.cluster))
-        judged = judge(config.judge, [model], run_dir, strict=strict)["models"][model]
+            counts = judge_apart(config.judge, [model], run_dir, strict=strict)
+        else:
+            counts = judge(config.judge, [model], run_dir, strict=strict)
+        judged = counts["models"][model]
         console.print(f"{model}: mean {judged['mean']:.1f}, {judged['scored']} of {judged['asked']} scored")
 
 
@@ -112,9 +115,7 @@ def estimate_judging(config: RunConfig, run_dir: Path) -> str:
     Returns:
         The text.
     """
-    from evaluation.judge import estimate
-
-    found = estimate(config.judge, list(answering_models(config, run_dir)), run_dir)
+    found = estimate_apart(config.judge, list(answering_models(config, run_dir)), run_dir)
     if not found:
         return f"the {config.judge.type} judge asks nobody: nothing to pay"
     return "\n".join(
@@ -222,20 +223,14 @@ class _Work:
             case "train":
                 return self._train()
             case "export":
-                from transformers.utils.logging import disable_progress_bar
+                use_gpu = self._ray()
+                from launcher.ray_export import export_on_ray
 
-                from trainer.export.stage import export
-
-                disable_progress_bar()
-                return export(config.trainer, run_dir)
+                return export_on_ray(config.trainer, run_dir, use_gpu=use_gpu)
             case "generate":
                 return self._generate()
             case "judge":
-                from evaluation.judge import judge
-
-                if _judges_on_ray(config):
-                    self._ray()
-                return judge(config.judge, list(answering_models(config, run_dir)), run_dir, strict=self.strict)
+                return self._judge()
             case "report":
                 from evaluation.report.build import write_report
 
@@ -257,15 +252,10 @@ class _Work:
         self.console.print(f"  {line}", soft_wrap=True, markup=False)
 
     def _prepare(self) -> dict[str, Any]:
-        from trainer.prepare import prepare
-
-        if self.config.data.engine == "ray":
-            from launcher.ray_prepare import map_on_ray
-
+        on_ray = self.config.data.engine == "ray"
+        if on_ray:
             self._ray()
-            counts = prepare(self.config.trainer, self.run_dir, map_chunks=map_on_ray)
-        else:
-            counts = prepare(self.config.trainer, self.run_dir)
+        counts = prepare_apart(self.config.trainer, self.run_dir, on_ray=on_ray)
         for line in told_of(counts, self.config.data.leaks):
             self._say(line)
         return counts
@@ -273,6 +263,9 @@ class _Work:
     def _train(self) -> dict[str, Any]:
         use_gpu = self._ray()
         from launcher.ray_training import smaller_setting, train_on_ray
+
+        resources, _ = plan.resources_of(self.config)
+        limit = rank_memory(self.config, resources, on_gpu=use_gpu)
 
         follower = MetricsFollower(self.run_dir / "metrics.jsonl", self._say, every_s=5)
 
@@ -290,7 +283,7 @@ class _Work:
                     tick=tick,
                     notify=self._say,
                     wait_s=self.config.cluster.wait_s,
-                    smaller=lambda: smaller_setting(self.config, limit_of(self.config, on_gpu=use_gpu), on_gpu=use_gpu),
+                    smaller=lambda: smaller_setting(self.config, limit, on_gpu=use_gpu),
                 )
         except Preempted:
             self.push()
@@ -305,13 +298,16 @@ class _Work:
 
     def _generate(self) -> dict[str, Any]:
         self._ray()
-        from evaluation.generate import generate
-        from evaluation.harness import run_harness
+        return generate_apart(self.config.generation, self.run_dir, answering_models(self.config, self.run_dir))
 
-        models = answering_models(self.config, self.run_dir)
-        counts = generate(self.config.generation, self.run_dir, models)
-        measured = run_harness(self.config.generation, self.run_dir, models)
-        return counts | ({"lm_eval": measured} if measured else {})
+    def _judge(self) -> dict[str, Any]:
+        models = list(answering_models(self.config, self.run_dir))
+        if _judges_on_ray(self.config):
+            self._ray()
+            return judge_apart(self.config.judge, models, self.run_dir, strict=self.strict)
+        from evaluation.judge import judge
+
+        return dict(judge(self.config.judge, models, self.run_dir, strict=self.strict))
 
 
 def answering_models(config: RunConfig, run_dir: Path) -> dict[str, AnsweringModel]:
@@ -361,14 +357,6 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
             f"test row: {leaks['near_train_rows']:,}; {fate} (examples in data/summary.json)"
         )
     return lines
-
-
-def _quieten() -> None:
-    """Keep what libraries tell their own developers out of a run's few lines; their errors still come through."""
-    for name in ("bitsandbytes", "ray", "vllm"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed sets its logger's level when it is imported; a filter stays.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _judges_on_ray(config: RunConfig) -> bool:

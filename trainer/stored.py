@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from trainer import sealed
+from trainer.checkpoints_dir import checkpoints_dir, sealed_steps
 from trainer.errors import TrainerError
 
 FORMAT = 1
@@ -20,17 +21,6 @@ MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 KINDS: tuple[Kind, ...] = ("weight", *MOMENTS)
 
 logger = logging.getLogger(__name__)
-
-
-def checkpoints_dir(run_dir: Path) -> Path:
-    """Where the checkpoints of a run lie."""
-    return run_dir / "checkpoints"
-
-
-def sealed_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that have a name, newest first; whether they are whole is another question."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()), reverse=True)
 
 
 def newest(run_dir: Path) -> Path | None:

@@ -47,7 +47,7 @@ class VllmEngine:
         self._config = config
         self._form = form
         self._facts = inspect_model(source)
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
         added = self._tokenizer.added_tokens_decoder.values()
         self._specials = tuple(token.content for token in added if token.special)
         self._limit = min(config.max_model_len or self._facts.max_positions, self._facts.max_positions)
@@ -143,5 +143,6 @@ class VllmEngine:
             dtype=self._config.dtype,
             gpu_memory_share=self._config.gpu_memory_share,
             cpu_cache_gib=self._config.cpu_cache_gib,
+            section="judge",
             head_dim=self._facts.head_dim,
         )

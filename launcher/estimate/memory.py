@@ -250,6 +250,14 @@ def machine_memory(resources: Resources) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if resources.is_here else None
 
 
+def rank_memory(config: RunConfig, resources: Resources, *, on_gpu: bool) -> int | None:
+    """Memory that one rank may take, in bytes: its GPU's, or an equal share of this machine's; None if unknown."""
+    if on_gpu:
+        return gpu_memory_of(config, resources)
+    machine = machine_memory(resources)
+    return machine and machine // config.training.num_workers
+
+
 def problems(config: RunConfig, resources: Resources, *, on_gpu: bool) -> list[str]:
     """What cannot fit into memory, with the nearest setting that can.
 
@@ -261,8 +269,7 @@ def problems(config: RunConfig, resources: Resources, *, on_gpu: bool) -> list[s
     Returns:
         One line, or none where it fits or nothing is known.
     """
-    shape, machine = shape_of(config), machine_memory(resources)
-    limit = gpu_memory_of(config, resources) if on_gpu else machine and machine // config.training.num_workers
+    shape, limit = shape_of(config), rank_memory(config, resources, on_gpu=on_gpu)
     if shape is None or limit is None:
         return []
     memory = memory_of(config, shape, on_gpu=on_gpu)

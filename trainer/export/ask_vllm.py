@@ -1,18 +1,10 @@
-"""A process of its own that asks vLLM: reads a question as JSON from a file, writes the answers to another.
+"""What vLLM answers with an exported model; called in a process of its own, by `trainer.export.check.ask_vllm`.
 
-    python -m trainer.export.ask_vllm QUESTION.json ANSWERS.json
-
-The question holds `model`, `adapter` (or null), `adapter_rank`, `prompts` (token ids), `max_tokens`, `engine` (further
-engine arguments). What comes back holds `answers`, of each prompt the `token_ids` chosen greedily and their `logprobs`,
-and `settings`, the model's configuration as vLLM has it. A process, because vLLM keeps what it took of the device until
-its process ends.
+A process, because vLLM keeps what it took of the device until its process ends.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -24,10 +16,12 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Complete the prompts greedily.
 
     Args:
-        question: See above.
+        question: `model`, `adapter` (or null), `adapter_rank`, `prompts` (token ids), `max_tokens`, `engine` (further
+            engine arguments).
 
     Returns:
-        For each prompt its response's token ids, the stop token included, and their log-probabilities; the settings.
+        `answers`, of each prompt the `token_ids` chosen greedily and their `logprobs`, and `settings`, the model's
+        configuration as vLLM has it.
     """
     adapter = question["adapter"]
     lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": question["adapter_rank"]} if adapter else {}
@@ -45,8 +39,3 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         chosen = [place[token].logprob for place, token in zip(places, ids, strict=True)]
         answers.append({"token_ids": ids, "logprobs": chosen})
     return {"answers": answers, "settings": engine.model_config.hf_config.to_dict()}
-
-
-if __name__ == "__main__":
-    answered = answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(answered, default=str), encoding="utf-8")

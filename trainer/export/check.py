@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +15,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
+from trainer.child import run_in_child
+from trainer.config import ExportConfig
 from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
 from trainer.model import causal_lm
@@ -181,7 +181,15 @@ class Served:
     settings: dict[str, Any]
 
 
-def ask_vllm(model: Path | str, adapter: Path | None, rank: int, prompts: list[list[int]], precision: str) -> Served:
+def ask_vllm(
+    model: Path | str,
+    adapter: Path | None,
+    rank: int,
+    prompts: list[list[int]],
+    precision: str,
+    export: ExportConfig,
+    explain: Callable[[str], str | None] = lambda words: None,
+) -> Served:
     """vLLM's greedy answers, from a process of its own.
 
     Args:
@@ -190,6 +198,8 @@ def ask_vllm(model: Path | str, adapter: Path | None, rank: int, prompts: list[l
         rank: Rank of the adapter.
         prompts: Token ids.
         precision: fp32, fp16 or bf16, what is computed with.
+        export: GPUs and the share of their memory.
+        explain: What its last words mean for the settings, where they are about memory.
 
     Returns:
         Its answers and settings.
@@ -200,10 +210,16 @@ def ask_vllm(model: Path | str, adapter: Path | None, rank: int, prompts: list[l
     longest = max(len(ids) for ids in prompts) + _MAX_TOKENS
     engine: dict[str, Any] = {"max_model_len": longest, "disable_log_stats": True, "max_num_seqs": len(prompts)}
     engine["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    engine["trust_remote_code"] = False
     # The one place where the trainer steers a library through the environment: vLLM offers no argument for these.
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     engine["enforce_eager"] = True  # compiling costs more than it saves on a few prompts
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        engine["gpu_memory_utilization"] = export.gpu_memory_share
+        engine["tensor_parallel_size"] = export.tensor_parallel_size
+        # Within one node; Ray's backend would ask for places of its own, in vain: this process's task holds the GPUs.
+        engine["distributed_executor_backend"] = "uni" if export.tensor_parallel_size == 1 else "mp"
+    else:
         engine["kv_cache_memory_bytes"] = 2**28
         # One process of one thread: more of them spin while they wait, and a busy machine then takes minutes.
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
@@ -216,16 +232,17 @@ def ask_vllm(model: Path | str, adapter: Path | None, rank: int, prompts: list[l
         "engine": engine,
     }
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "question.json"), Path(folder, "answers.json")
-        asked.write_text(json.dumps(question), encoding="utf-8")
-        command = [sys.executable, "-m", "trainer.export.ask_vllm", str(asked), str(answered)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S, check=False
-        )
-        if done.returncode or not answered.exists():
-            words = "\n".join(done.stderr.strip().splitlines()[-15:])
-            raise TrainerError(f"vLLM could not answer with the exported model {model}:\n{words}")
-        return Served(**json.loads(answered.read_text(encoding="utf-8")))
+        log = Path(folder, "log")
+        try:
+            answered = run_in_child(
+                "trainer.export.ask_vllm:answer", question, environment=environment, log=log, timeout_s=_VLLM_TIMEOUT_S
+            )
+        except Exception as error:
+            printed = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            printed = f"{printed.strip()}\n{type(error).__name__}: {error}".strip()
+            words = explain(printed) or "\n" + "\n".join(printed.splitlines()[-15:])
+            raise TrainerError(f"vLLM could not answer with the exported model {model}: {words}") from error
+        return Served(**answered)
 
 
 def disagreement(

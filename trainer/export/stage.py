@@ -33,11 +33,11 @@ from trainer.export.check import (
     ask_vllm,
     check_loss,
     compare_with_vllm,
-    device_of_the_gate,
     read_prompts,
     row_by_row_loss,
     settings_of,
 )
+from trainer.export.device import DeviceUse, memory_in_words, placed
 from trainer.export.folder import check_settings, check_tokenizer, prepare_configs, stop_tokens, write_files
 from trainer.model import base_folder
 from trainer.stored import StoredTensors, newest
@@ -74,25 +74,40 @@ class Job:
         return isinstance(self.config.tuning, LoraTuning | PromptTuning) and not self.config.export.merge
 
     @property
+    def num_gpus(self) -> int:
+        """GPUs that the model may be spread over."""
+        return self.config.export.tensor_parallel_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """Number format of the training, and of the export."""
         return _DTYPES[self.config.training.precision]
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the folder must hold.
+class Written:
+    """What was written, and what must load from it.
 
     Attributes:
+        checkpoint: Name of the checkpoint that it was written from.
+        step: Optimizer step of the checkpoint.
+        trained_loss: The trainer's validation loss there; None where none was measured.
+        num_parameters: Of the model.
         settings: Of the network and its adapter, as trained.
-        digests: SHA-256 of every parameter that goes into it, by name.
+        digests: SHA-256 of every parameter in the folder, by name.
+        found: Measurements for the record.
     """
 
+    checkpoint: str
+    step: int
+    trained_loss: float | None
+    num_parameters: int
     settings: dict[str, Any]
     digests: dict[str, str]
+    found: dict[str, Any]
 
 
-def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
+def export(config: TrainerConfig, run_dir: Path, device: DeviceUse | None = None) -> dict[str, Any]:
     """Write run_dir/model from the newest whole checkpoint.
 
     The weights are the checkpoint's fp32 master weights rounded to `training.precision`: exactly those of the trainer's
@@ -101,6 +116,7 @@ def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
     Args:
         config: What was trained.
         run_dir: Holds checkpoints/, data/, and base/ where the model is from scratch.
+        device: What is done around each use of the GPUs.
 
     Returns:
         Counts and measurements for the stage's record.
@@ -110,34 +126,66 @@ def export(config: TrainerConfig, run_dir: Path) -> dict[str, Any]:
             as it should.
     """
     _refuse_what_cannot_be(config)
+    device = device or DeviceUse()
+    final = run_dir / "model"
+    partial = final.with_name(final.name + sealed.PARTIAL)
+    written: Written = device.call(write_trained, config, run_dir, partial)
+    job = _job(config, run_dir, written.trained_loss)
+    served, prompts = _ask(job, partial, device)
+    measured = device.call(check_written, config, run_dir, partial, written, served, prompts)
+    _put_in_place(partial, final)
+    return {
+        "checkpoint": written.checkpoint,
+        "step": written.step,
+        "kind": "adapter" if job.gives_adapter else "weights",
+        "num_parameters": written.num_parameters,
+        "dtype": config.training.precision,
+        "num_bytes": sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
+        "stop_token": job.tokenizer.eos_token,
+        **written.found,
+        **measured,
+    }
+
+
+def write_trained(config: TrainerConfig, run_dir: Path, folder: Path) -> Written:
+    """Write the newest checkpoint's model to a folder. Uses the GPUs where LoRA is merged.
+
+    Args:
+        config: What was trained.
+        run_dir: The run.
+        folder: Written anew.
+
+    Returns:
+        What was written.
+
+    Raises:
+        TrainerError: There is no checkpoint, or it does not fit the model.
+    """
     checkpoint = newest(run_dir)
     if checkpoint is None:
         raise TrainerError(f"{run_dir} has no checkpoint to export: train first")
     content, files = sealed.read_seal(checkpoint)
     _refuse_changed_base(config, run_dir, content["base"])
-    job = Job(config, run_dir, _tokenizer(run_dir / "data" / "tokenizer"), content["validation_loss"])
-    with StoredTensors(checkpoint, [file.name for file in files]) as stored:
-        model, found = _model_to_export(job, content["parameters"], stored)
-    notes = prepare_configs(model, job.tokenizer)
-    expected = Expected(settings_of(model), _digests(model, job.dtype, trained_only=job.gives_adapter))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    final = run_dir / "model"
-    partial = final.with_name(final.name + sealed.PARTIAL)
-    _write(model, job.tokenizer, partial)
-    del model
-    found |= _gate(job, partial, expected)
-    _put_in_place(partial, final)
-    return {
-        "checkpoint": checkpoint.name,
-        "step": content["progress"]["step"],
-        "kind": "adapter" if job.gives_adapter else "weights",
-        "num_parameters": num_parameters,
-        "dtype": config.training.precision,
-        "num_bytes": sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
-        "stop_token": job.tokenizer.eos_token,
-        "notes": notes,
-        **found,
-    }
+    job = _job(config, run_dir, content["validation_loss"])
+    with memory_in_words(config.export):
+        with StoredTensors(checkpoint, [file.name for file in files]) as stored:
+            model, found = _model_to_export(job, content["parameters"], stored)
+        notes = prepare_configs(model, job.tokenizer)
+        written = Written(
+            checkpoint=checkpoint.name,
+            step=content["progress"]["step"],
+            trained_loss=job.trained_loss,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            settings=settings_of(model),
+            digests=_digests(model, job.dtype, trained_only=job.gives_adapter),
+            found={"notes": notes} | found,
+        )
+        _write(model, job.tokenizer, folder)
+    return written
+
+
+def _job(config: TrainerConfig, run_dir: Path, trained_loss: float | None) -> Job:
+    return Job(config, run_dir, _tokenizer(run_dir / "data" / "tokenizer"), trained_loss)
 
 
 def _refuse_what_cannot_be(config: TrainerConfig) -> None:
@@ -171,6 +219,8 @@ def _load_base(job: Job, *, quantized: bool) -> Any:  # noqa: ANN401
         use_safetensors=True,
         trust_remote_code=False,
         quantization_config=quantization(job.config.tuning, job.dtype) if quantized else None,
+        # 4-bit weights are made on the GPU that they are loaded to.
+        device_map="auto" if quantized and job.num_gpus > 1 and torch.cuda.is_available() else None,
     )
     keep_weights_trainable_on_cpu(model)  # bitsandbytes would round their constants at the first evaluation
     return model.eval()
@@ -180,7 +230,7 @@ def _model_to_export(job: Job, shapes: dict[str, list[int]], stored: StoredTenso
     """The model that is written, merged if asked for; and the loss before merging. Never two models at a time."""
     if not job.config.export.merge:
         return _trained_model(job, shapes, stored, dequantized=True), {}
-    as_trained = _trained_model(job, shapes, stored).to(device_of_the_gate())
+    as_trained = placed(_trained_model(job, shapes, stored), job.num_gpus)
     loss = row_by_row_loss(as_trained, _validation(job))
     del as_trained
     model = _trained_model(job, shapes, stored, dequantized=True).merge_and_unload()
@@ -279,13 +329,23 @@ def _put_in_place(partial: Path, final: Path) -> None:
 # --- the gate -------------------------------------------------------------------------------------
 
 
-def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
-    """Load the folder as a user would and compare it with what was trained.
+def check_written(
+    config: TrainerConfig,
+    run_dir: Path,
+    folder: Path,
+    written: Written,
+    served: Served | None,
+    prompts: list[list[int]],
+) -> dict[str, Any]:
+    """Load the folder as a user would and compare it with what was trained. Uses the GPUs.
 
     Args:
-        job: What is exported.
+        config: What was trained.
+        run_dir: The run.
         folder: What was written.
-        expected: What should be in it.
+        written: What must load from it.
+        served: vLLM's answers; None where it was not asked.
+        prompts: What it answered.
 
     Returns:
         Measurements for the record.
@@ -294,13 +354,18 @@ def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
         TrainerError: A tensor, a setting, the tokenizer, the stop token, the loss or vLLM's answers are not as they
             should be.
     """
+    with memory_in_words(config.export):
+        return _gate(_job(config, run_dir, written.trained_loss), folder, written, served, prompts)
+
+
+def _gate(job: Job, folder: Path, expected: Written, served: Served | None, prompts: list[list[int]]) -> dict[str, Any]:
     tolerance = TOLERANCES[job.config.training.precision]
-    served, prompts = _ask(job, folder)  # first: vLLM wants the device for itself
     check_tokenizer(folder, job.tokenizer)
     model = _load_again(job, folder, quantized=True)
     _check_tensors(_digests(model, job.dtype, trained_only=False), expected.digests, folder)
     check_settings(settings_of(model), expected.settings, folder)
-    loss = row_by_row_loss(model.to(device_of_the_gate()), _validation(job))
+    model = placed(model, job.num_gpus)
+    loss = row_by_row_loss(model, _validation(job))
     check_loss(job.trained_loss, loss, tolerance.loss)
     measured: dict[str, Any] = {
         "trained_loss": job.trained_loss,
@@ -310,7 +375,7 @@ def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
     }
     if job.gives_adapter and isinstance(job.config.tuning, QloraTuning):  # served on the base as it is, not in 4 bits
         del model
-        model = _load_again(job, folder, quantized=False).to(device_of_the_gate())
+        model = placed(_load_again(job, folder, quantized=False), job.num_gpus)
         measured["served_loss"] = row_by_row_loss(model, _validation(job))
     if served is not None:
         stops = set() if job.gives_adapter else stop_tokens(folder)  # beside an adapter vLLM goes by the base's stops
@@ -318,16 +383,18 @@ def _gate(job: Job, folder: Path, expected: Expected) -> dict[str, Any]:
     return measured
 
 
-def _ask(job: Job, folder: Path) -> tuple[Served | None, list[list[int]]]:
+def _ask(job: Job, folder: Path, device: DeviceUse) -> tuple[Served | None, list[list[int]]]:
     """vLLM's answers and the prompts; None where it is not asked, or cannot serve such an adapter."""
-    tuning = job.config.tuning
+    tuning, export = job.config.tuning, job.config.export
     unserved = job.gives_adapter and (isinstance(tuning, PromptTuning) or getattr(tuning, "dora", False))
-    if job.config.export.vllm_prompts == 0 or unserved:
+    if export.vllm_prompts == 0 or unserved:
         return None, []
-    prompts = read_prompts(job.run_dir, job.config.export.vllm_prompts)
-    if job.gives_adapter and isinstance(tuning, LoraTuning):
-        return ask_vllm(job.base, folder, tuning.rank, prompts, job.config.training.precision), prompts
-    return ask_vllm(folder, None, 0, prompts, job.config.training.precision), prompts
+    prompts = read_prompts(job.run_dir, export.vllm_prompts)
+    beside_base = job.gives_adapter and isinstance(tuning, LoraTuning)
+    model, adapter = (job.base, folder) if beside_base else (folder, None)
+    rank = tuning.rank if isinstance(tuning, LoraTuning) and beside_base else 0
+    device.claim()
+    return ask_vllm(model, adapter, rank, prompts, job.config.training.precision, export, device.explain), prompts
 
 
 def _load_again(job: Job, folder: Path, *, quantized: bool) -> Any:  # noqa: ANN401
