@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from evaluation.config import JudgeConfig, JuryJudge, ModelSource, VllmJudge, key_variables
@@ -13,10 +12,10 @@ from launcher.errors import ConfigError
 from launcher.estimate import fit, memory, text
 from launcher.estimate.served import served_models
 from launcher.placement import in_words
-from launcher.ray_cluster import Resources, local_resources, misfits, uses_gpus
+from launcher.ray_cluster import Resources, misfits, resources_of, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
-from trainer.devices import device_problems
+from trainer.devices import device_problems, gpu_problems
 
 # vLLM 0.32's attention on CPUs.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -58,7 +57,7 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     found += _head_size_problems(config, on_gpu=on_gpu)
     if config.model.name_or_path is not None:
         found += _model_problems("model.name_or_path", config.model.name_or_path)
-    if known:
+    if resources.is_here:  # what a Slurm job needs of its nodes is compared when it is put together
         found += misfits(config, resources, stages)
     found += _engine_problems(config, resources, stages, on_gpu=on_gpu)
     if "train" not in stages:
@@ -66,29 +65,15 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     if resources.is_here:
         capability = resources.capability if on_gpu else None
         found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu, capability=capability)
+    elif known and on_gpu and _runs_as_here(config):
+        found += gpu_problems(config.model, config.training, config.deepspeed, resources.capability)
     return found + memory.problems(config, resources, on_gpu=on_gpu)
 
 
-def resources_of(config: RunConfig) -> tuple[Resources, bool]:
-    """What the run will have, and whether that is known before it starts.
-
-    A run that is submitted to Slurm has what its job asks for; the machine that submits it does not count. Of a Ray
-    cluster that is joined nothing is known here.
-
-    Args:
-        config: the configuration.
-
-    Returns:
-        The resources, and whether these are the run's.
-    """
-    here = local_resources()
-    if config.cluster.slurm is not None and config.cluster.address == "auto":
-        from launcher.submit.granted import slurm_resources
-
-        return slurm_resources(config), True
-    if config.cluster.address == "local":
-        return here, True
-    return replace(here, gpu_memory=None, capability=None, gpu_kind="", source="the cluster that is joined"), False
+def _runs_as_here(config: RunConfig) -> bool:
+    """Whether the nodes of a Slurm job run the Python that submits it, with its packages."""
+    slurm = config.cluster.slurm
+    return slurm is not None and slurm.container is None and slurm.python is None
 
 
 def _engine_problems(config: RunConfig, resources: Resources, stages: Sequence[Stage], *, on_gpu: bool) -> list[str]:

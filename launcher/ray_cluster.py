@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,28 @@ def cluster_resources(*, free: bool = False) -> Resources:
         ),
         "the cluster",
     )
+
+
+def resources_of(config: RunConfig) -> tuple[Resources, bool]:
+    """What the run will have, and whether that is known before it starts.
+
+    A run that is submitted to Slurm has what its job asks for; the machine that submits it does not count. Of a Ray
+    cluster that is joined nothing is known here.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        The resources, and whether these are the run's.
+    """
+    here = local_resources()
+    if config.cluster.slurm is not None and config.cluster.address == "auto":
+        from launcher.submit.granted import slurm_resources
+
+        return slurm_resources(config), True
+    if config.cluster.address == "local":
+        return here, True
+    return replace(here, gpu_memory=None, capability=None, gpu_kind="", source="the cluster that is joined"), False
 
 
 def uses_gpus(config: ClusterConfig, resources: Resources) -> bool:

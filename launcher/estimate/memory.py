@@ -263,7 +263,7 @@ def problems(config: RunConfig, resources: Resources, *, on_gpu: bool) -> list[s
 
     Args:
         config: the run's configuration.
-        resources: what there is: on CPUs each rank has an equal share of this machine's memory.
+        resources: what there is.
         on_gpu: whether ranks have GPUs.
 
     Returns:

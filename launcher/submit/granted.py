@@ -31,14 +31,24 @@ def slurm_resources(config: RunConfig) -> Resources:
         slurm = with_needs(config, slurm)
     node = Node(slurm.cpus_per_node or UNKNOWN_CPUS, gpus_asked(slurm) or 0)
     cards = list(cards_of(slurm))
-    smallest = min((card for _, card in cards if card), key=lambda card: card.memory, default=None)
-    known = smallest is not None and all(card for _, card in cards)
+    known = [card for _, card in cards if card]
+    if len(known) < len(cards) or _differs_by_stage(config):
+        known = []  # which GPUs a model is to fit into is then not clear
     return together(
         [node] * slurm.nodes,
         SLURM,
-        gpu_memory=smallest.memory if smallest and known else None,
-        capability=smallest.capability if smallest and known else None,
+        gpu_memory=min((card.memory for card in known), default=None),
+        capability=max((card.capability for card in known), default=None),
         gpu_kind=", ".join(word for word, _ in cards),
+    )
+
+
+def _differs_by_stage(config: RunConfig) -> bool:
+    """Whether single stages ask for other GPUs than the job of the whole run, under --split-stages."""
+    stages = (getattr(config.cluster.stages, name) for name in type(config.cluster.stages).model_fields)
+    own = config.cluster.slurm.constraint if config.cluster.slurm else None
+    return any(
+        stage is not None and (":" in (stage.gpus or "") or stage.constraint not in (None, own)) for stage in stages
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher import plan
+from launcher import plan, ray_cluster
 from launcher.config import RunConfig, load_config
 from launcher.estimate import engines, known_models, weights
 from launcher.estimate.engines import (
@@ -217,7 +217,7 @@ def with_judge(config: RunConfig, **values: Any) -> RunConfig:
 
 
 def check(config: RunConfig, resources: Resources, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(plan, "local_resources", lambda: resources)
+    monkeypatch.setattr(ray_cluster, "local_resources", lambda: resources)
     return plan.problems(config)
 
 
@@ -305,7 +305,7 @@ def test_an_adapter_is_served_beside_its_base(eight_b: RunConfig) -> None:
 
 
 def test_plan_has_a_line_for_each_user(eight_b: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "local_resources", lambda: NODE)
+    monkeypatch.setattr(ray_cluster, "local_resources", lambda: NODE)
     lines = plan.describe(eight_b, tmp_path).splitlines()
     assert "resources  this machine has 8 GPUs and 64 CPUs; GPU NVIDIA H100 80GB HBM3, 79.6 GiB" in lines
     judge = next(line for line in lines if line.startswith("engine     judge, Qwen/Qwen3-32B: needs 37.4 GiB of each"))

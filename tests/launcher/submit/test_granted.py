@@ -19,6 +19,7 @@ from launcher.errors import ConfigError
 from launcher.gpus import MIB
 from launcher.submit import granted
 from launcher.submit.commands import with_site
+from launcher.submit.config import StagesConfig
 from launcher.submit.granted import slurm_resources
 from tests.launcher.stand_in_gpus import driver, h100s
 
@@ -77,10 +78,17 @@ def test_an_unknown_type_is_said(repository: Path, tmp_path: Path) -> None:
     assert "what a GPU has is not known: cluster.gpu_memory_gib names it" in lines
 
 
-def test_cpus_of_the_jobs_nodes_count(repository: Path) -> None:
-    config = eight(repository, nodes=1, gpus_per_node="h100:8", cpus_per_node=32)
-    with pytest.raises(ConfigError, match=r"training.num_workers = 8: 8 x \(1 GPU and 8 CPUs\) are needed"):
-        plan.check(config)
+def test_stages_with_gpus_of_their_own_leave_it_open(repository: Path) -> None:
+    config = eight(repository, gpus_per_node="l4:8", cpus_per_node=64)
+    other = StagesConfig.model_validate({"judge": {"gpus": "h100:8"}})
+    split = config.model_copy(update={"cluster": config.cluster.model_copy(update={"stages": other})})
+    assert slurm_resources(split).gpu_memory is None
+    plan.check(split)
+
+
+def test_what_a_card_cannot_do_is_refused_where_it_is_submitted(repository: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bf16 needs GPUs of compute capability 8\.0 or more .* these have 7\.0"):
+        plan.check(eight(repository, gpus_per_node="v100-32:8", cpus_per_node=64), ["train"])
 
 
 def planned(config: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
