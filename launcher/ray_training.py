@@ -281,11 +281,7 @@ def group_of(training: TrainingConfig, *, use_gpu: bool) -> Group:
 def _after_no_place(
     config: TrainerConfig, *, use_gpu: bool, wait_s: float, notify: Callable[[str], None]
 ) -> TrainerConfig:
-    """The configuration for another attempt after Ray Train found no place for the workers.
-
-    Raises:
-        LauncherError: the nodes could hold them, so other work does; or no node came in time.
-    """
+    """The configuration for another attempt after Ray Train found no place; an error where other work holds it."""
     group = group_of(config.training, use_gpu=use_gpu)
     has, free = cluster_resources().by_node, cluster_resources(free=True).by_node
     if room(group, has) < group.count:
