@@ -17,7 +17,7 @@ from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError, Preempted
 from launcher.estimate.memory import rank_memory
 from launcher.progress import MetricsFollower
-from launcher.ray_cluster import check_fits, ray_cluster, uses_gpus
+from launcher.ray_cluster import check_fits, ray_cluster, resources_of, uses_gpus
 from launcher.run_directory import is_held, open_run_directory, write_atomically
 from launcher.stage_process import estimate_apart, generate_apart, judge_apart, prepare_apart, quieten
 from launcher.stages import STAGES, Differs, Finished, Stage, begin, finish, state_of
@@ -264,7 +264,7 @@ class _Work:
         use_gpu = self._ray()
         from launcher.ray_training import smaller_setting, train_on_ray
 
-        resources, _ = plan.resources_of(self.config)
+        resources, _ = resources_of(self.config)
         limit = rank_memory(self.config, resources, on_gpu=use_gpu)
 
         follower = MetricsFollower(self.run_dir / "metrics.jsonl", self._say, every_s=5)
