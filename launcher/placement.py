@@ -102,8 +102,8 @@ def groups_of(config: RunConfig, stages: Collection[Stage], *, on_gpu: bool) -> 
         training = config.training
         threads = training.threads_per_worker
         yield Group("training.num_workers", training.num_workers, threads, int(on_gpu), "training.threads_per_worker")
-    if "export" in stages and on_gpu and config.export.tensor_parallel_size > 1:
-        yield Group("export.tensor_parallel_size", 1, 1, config.export.tensor_parallel_size)
+    if "export" in stages:
+        yield Group("export.tensor_parallel_size", 1, 1, config.export.tensor_parallel_size if on_gpu else 0)
     if "generate" in stages:
         yield _engines("generation", config.generation, on_gpu=on_gpu)
     if "judge" in stages:

@@ -116,7 +116,7 @@ def known_config(name: str) -> Config | None:
     """
     text = name.casefold()
     for pattern, config in KNOWN.items():
-        if re.match(rf"(?:{pattern})(?![a-z0-9])", text):
+        if re.match(rf"(?:{pattern})(?![a-z0-9])(?!.*-1m)", text):  # -1M: of another length
             stored = next((how for word, how in _STORED.items() if text.endswith(f"-{word}")), None)
             return config if stored is None else config | {"quantization_config": stored}
     return None

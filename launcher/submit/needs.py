@@ -7,12 +7,12 @@ and by GPUs and CPUs of each node.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from evaluation.config import GenerationConfig, JuryJudge, VllmJudge
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
+from launcher.placement import groups_of
 from launcher.stages import STAGES, Stage
 from launcher.submit.config import SlurmConfig
 
@@ -59,40 +59,17 @@ def needs_of(config: RunConfig, stages: Collection[Stage] = STAGES, *, on_gpu: b
     Returns:
         One entry for each kind of part, in the order of the stages.
     """
-    training, export = config.training, config.export
     found = []
-    if "prepare" in stages:
-        processes = config.data.num_processes or 1
-        found.append(Need("prepare", "data.num_processes", 1, 0, 1, processes))
-    if "train" in stages:
-        threads = training.threads_per_worker
-        found.append(Need("train", "training.num_workers", training.num_workers, int(on_gpu), threads, threads))
-    if "export" in stages:
-        gpus = export.tensor_parallel_size if export.vllm_prompts else 1
-        found.append(Need("export", "export.tensor_parallel_size", 1, gpus if on_gpu else 0, 1, 1))
-    if "generate" in stages:
-        found.append(_engines("generate", "generation", config.generation, on_gpu=on_gpu))
-    if "judge" in stages:
-        found += [_engines("judge", key, judge, on_gpu=on_gpu) for key, judge in _local_judges(config)]
-    if "report" in stages:
-        found.append(Need("report", "report", 1, 0, 1, 1))
+    for stage in (stage for stage in STAGES if stage in stages):
+        if stage == "prepare":
+            found.append(Need(stage, "data.num_processes", 1, 0, 1, config.data.num_processes or 1))
+        if stage == "report":
+            found.append(Need(stage, stage, 1, 0, 1, 1))
+        for group in groups_of(config, [stage], on_gpu=on_gpu):
+            more = ENGINE_PROCESSES if group.num_gpus and group.key.endswith(".engines") else 0
+            good = group.num_cpus + more
+            found.append(Need(stage, group.key, group.count, group.num_gpus, group.num_cpus, good))
     return found
-
-
-def _engines(stage: Stage, section: str, engines: GenerationConfig | VllmJudge, *, on_gpu: bool) -> Need:
-    gpus = engines.tensor_parallel_size if on_gpu else 0
-    cpus = gpus or engines.cpus_per_engine
-    good = gpus + ENGINE_PROCESSES if on_gpu else cpus
-    return Need(stage, f"{section}.engines", engines.engines, gpus, cpus, good)
-
-
-def _local_judges(config: RunConfig) -> Iterator[tuple[str, VllmJudge]]:
-    if isinstance(config.judge, JuryJudge):
-        for number, judge in enumerate(config.judge.judges):
-            if isinstance(judge, VllmJudge):
-                yield f"judge.judges.{number}", judge
-    elif isinstance(config.judge, VllmJudge):
-        yield "judge", config.judge
 
 
 def gpus_asked(slurm: SlurmConfig) -> int | None:

@@ -197,7 +197,8 @@ def test_gemma_says_little_of_itself(tmp_path: Path) -> None:
 
 
 def test_what_is_not_understood_is_unknown() -> None:
-    assert shape_named("owner/name") is None
+    for name in ("owner/name", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct-1M"):
+        assert shape_named(name) is None, name
     assert read_shape({"model_type": "gpt2", "n_embd": 768}) is None
     mixed = read_shape(DEEPSEEK_V2_LITE | {"mamba_d_state": 16})
     assert mixed is not None

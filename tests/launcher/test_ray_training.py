@@ -9,9 +9,13 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from launcher import ray_training
 from launcher.config import load_config
+from launcher.errors import LauncherError
 from launcher.estimate.memory import memory_of
 from launcher.estimate.shapes import Shape
+from launcher.placement import Node
+from launcher.ray_cluster import together
 from launcher.ray_training import (
     Resume,
     Retry,
@@ -167,3 +171,21 @@ def test_a_controller_that_fails_is_told(max_failures: int) -> None:
     decision = decide(ControllerError(RuntimeError("no place")), failures=1, stalled=1, max_failures=max_failures)
     assert isinstance(decision, Retry if max_failures else Stop)
     assert "no place" in decision.cause
+
+
+def test_after_a_lost_node_the_nodes_that_are_left_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {"model": {"from_scratch": {}}, "data": {"path": "rows.json"}}
+    training = {"num_workers": 4, "threads_per_worker": 4, "min_workers": 1}
+    config = TrainerConfig.model_validate(sections | {"training": training})
+    # 4 GPUs and 20 CPUs are left; two workers find both on one node.
+    left = [Node(8, 4, "a"), Node(12, 0, "b")]
+    monkeypatch.setattr(ray_training, "cluster_resources", lambda **_: together(left, "the cluster"))
+    said: list[str] = []
+    fewer = ray_training._after_no_place(config, use_gpu=True, wait_s=0, notify=said.append)
+    assert fewer.training.num_workers == 2
+    assert said == ["the cluster has room for 2 workers: training goes on with 2 (training.min_workers)"]
+    left[0] = Node(2, 4, "a")
+    with pytest.raises(LauncherError) as caught:
+        ray_training._after_no_place(config, use_gpu=True, wait_s=0, notify=said.append)
+    assert "4 x (1 GPU and 4 CPUs) are needed for 4 workers, and the cluster has room for 0" in str(caught.value)
+    assert "a has 4 GPUs and 2 CPUs; b has 12 CPUs" in str(caught.value)
