@@ -68,9 +68,17 @@ KillWait=10
 MinJobAge=600
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 JobRequeue=1
-NodeName=n1 NodeAddr=$net.1 CPUs=$cpus RealMemory=4000 State=UNKNOWN
-NodeName=n2 NodeAddr=$net.2 CPUs=$cpus RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+AccountingStorageTRES=gres/gpu
+NodeName=n1 NodeAddr=$net.1 CPUs=$cpus RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
+NodeName=n2 NodeAddr=$net.2 CPUs=$cpus RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:2
+END
+  # Two GPUs a host, whose device files are any two: Slurm grants them and sets CUDA_VISIBLE_DEVICES as it does for real
+  # ones, and nobody opens them.
+  cat >"$folder/gres.conf" <<END
+Name=gpu Type=fake File=/dev/null
+Name=gpu Type=fake File=/dev/zero
 END
 }
 
