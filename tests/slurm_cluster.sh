@@ -12,7 +12,7 @@ folder=$(realpath -m -- "${*: -1}")
 net=${SLURM_TEST_NET:-10.213.77}
 bridge=tl${net##*.}
 port=$((26000 + 2 * ${net##*.}))
-cpus=${SLURM_TEST_CPUS:-2}
+cpus=${SLURM_TEST_CPUS:-4}
 
 # The process in `unshare` is the host's init: when it ends, all that runs on the host ends with it.
 start_host() {
@@ -69,7 +69,6 @@ MinJobAge=600
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 JobRequeue=1
 GresTypes=gpu
-AccountingStorageTRES=gres/gpu
 NodeName=n1 NodeAddr=$net.1 CPUs=$cpus RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
 NodeName=n2 NodeAddr=$net.2 CPUs=$cpus RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:2

@@ -106,7 +106,7 @@ def test_what_is_asked_of_each_node(
         # Too small.
         (
             {"cluster__slurm": {"gpus_per_node": 4}},
-            r"training.num_workers = 8 \(1 GPUs each\) needs 8 GPUs of the node .*gpus_per_node asks for 4",
+            r"training.num_workers = 8 \(1 GPU each\) needs 8 GPUs of the node .*gpus_per_node asks for 4",
         ),
         ({"cluster__slurm": {"gpus_per_node": 0}}, r"gpus_per_node asks for 0"),
         ({"cluster__slurm": {"gres": "gpu:a100:4"}}, r"cluster.slurm.gres asks for 4"),
@@ -160,7 +160,7 @@ def test_split_jobs_ask_for_their_own_stages(repository: Path) -> None:
         "report": (1, None, 1),
     }
     refused = eight(repository, judge=VLLM, cluster__stages={"judge": {"gpus": 0}})
-    with pytest.raises(ConfigError, match=r"judge.engines = 1 \(1 GPUs each\) needs 1 GPUs"):
+    with pytest.raises(ConfigError, match=r"judge.engines = 1 \(1 GPU each\) needs 1 GPU"):
         split_run(refused, PLACE)
 
 

@@ -142,7 +142,7 @@ def test_split_stages_are_jobs_that_wait_for_each_other(base: RunConfig) -> None
 def test_each_job_is_held_against_its_own_stages(base: RunConfig) -> None:
     config = asking(base, {"cpus_per_node": 2}, {"prepare": {"cpus": 1}, "train": {"cpus": 1}})
     check_job(config, ("prepare",), split=True)
-    with pytest.raises(ConfigError, match=r"training.num_workers = 2 \(1 CPUs each\) needs 2 CPUs of the node"):
+    with pytest.raises(ConfigError, match=r"training.num_workers = 2 \(1 CPU each\) needs 2 CPUs of the node"):
         check_job(config, ("train", "export"), split=True)
 
 
