@@ -15,6 +15,7 @@ from launcher.submit import needs
 from launcher.submit.commands import with_site
 from launcher.submit.needs import notes, with_needs
 from launcher.submit.script import Place, split_run, whole_run, whole_sweep
+from tests.launcher.submit.small_runs import launcher
 
 PLACE = Place(Path("/shared/runs/x"), Path("/home/me"), "python")
 VLLM = {"type": "vllm", "model": "owner/judge"}
@@ -186,3 +187,13 @@ def test_engines_that_leave_most_gpus_idle_are_noted(repository: Path) -> None:
 
 def test_gpus_are_counted_in_every_form() -> None:
     assert doctest.testmod(needs).failed == 0
+
+
+def test_submit_names_every_problem_at_once_and_ends_with_status_2(repository: Path, tmp_path: Path) -> None:
+    words = ["--nodes", "2", "--run-dir", tmp_path / "run", "--set", f"data.path={tmp_path}/missing.json"]
+    refused = launcher("submit", "slurm", repository / "configs/8b.yaml", *words, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "training.num_workers = 8 keeps 1 of 2 nodes busy" in refused.stderr
+    assert "missing.json: no such file" in refused.stderr
+    assert refused.stderr.splitlines()[-1] == "nothing was submitted"
+    assert list(tmp_path.iterdir()) == []
