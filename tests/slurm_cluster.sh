@@ -12,7 +12,7 @@ folder=$(realpath -m -- "${*: -1}")
 net=${SLURM_TEST_NET:-10.213.77}
 bridge=tl${net##*.}
 port=$((26000 + 2 * ${net##*.}))
-cpus=${SLURM_TEST_CPUS:-2}
+cpus=${SLURM_TEST_CPUS:-4}
 
 # The process in `unshare` is the host's init: when it ends, all that runs on the host ends with it.
 start_host() {
@@ -68,9 +68,16 @@ KillWait=10
 MinJobAge=600
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 JobRequeue=1
-NodeName=n1 NodeAddr=$net.1 CPUs=$cpus RealMemory=4000 State=UNKNOWN
-NodeName=n2 NodeAddr=$net.2 CPUs=$cpus RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName=n1 NodeAddr=$net.1 CPUs=$cpus RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
+NodeName=n2 NodeAddr=$net.2 CPUs=$cpus RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:2
+END
+  # Two GPUs a host, whose device files are any two: Slurm grants them and sets CUDA_VISIBLE_DEVICES as it does for real
+  # ones, and nobody opens them.
+  cat >"$folder/gres.conf" <<END
+Name=gpu Type=fake File=/dev/null
+Name=gpu Type=fake File=/dev/zero
 END
 }
 

@@ -273,14 +273,19 @@ def _check_request(configs: Sequence[RunConfig], *, split: bool, check_all: bool
 
     found: dict[str, None] = {}
     for config in configs:
-        checks = [partial(plan.check, config)] if check_all else []
         parts = parts_of(config) if split else [STAGES]
-        checks += [partial(check_job, config, part, split=split) for part in parts]
+        checks = [partial(check_job, config, part, split=split) for part in parts]
+        checks += [partial(plan.check, config)] if check_all else []
         for check in checks:
             try:
                 check()
             except ConfigError as error:
-                found |= dict.fromkeys(line for line in str(error).splitlines() if line != "nothing was started")
+                # What does not fit into the job is named once: by the check that knows the keys of cluster.slurm.
+                keys = {line.partition(" = ")[0] for line in found}
+                lines = [line for line in str(error).splitlines() if line != "nothing was started"]
+                found |= dict.fromkeys(
+                    line for line in lines if check.func is check_job or line.partition(" = ")[0] not in keys
+                )
     if found:
         raise ConfigError("\n".join([*found, "nothing was submitted"]))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
-from launcher.placement import groups_of
+from launcher.placement import counted, groups_of
 from launcher.stages import STAGES, Stage
 from launcher.submit.config import SlurmConfig
 
@@ -59,17 +59,20 @@ def needs_of(config: RunConfig, stages: Collection[Stage] = STAGES, *, on_gpu: b
     Returns:
         One entry for each kind of part, in the order of the stages.
     """
-    found = []
-    for stage in (stage for stage in STAGES if stage in stages):
-        if stage == "prepare":
-            found.append(Need(stage, "data.num_processes", 1, 0, 1, config.data.num_processes or 1))
-        if stage == "report":
-            found.append(Need(stage, stage, 1, 0, 1, 1))
-        for group in groups_of(config, [stage], on_gpu=on_gpu):
-            more = ENGINE_PROCESSES if group.num_gpus and group.key.endswith(".engines") else 0
-            good = group.num_cpus + more
-            found.append(Need(stage, group.key, group.count, group.num_gpus, group.num_cpus, good))
-    return found
+    return [need for stage in STAGES if stage in stages for need in _needs_of_stage(config, stage, on_gpu=on_gpu)]
+
+
+def _needs_of_stage(config: RunConfig, stage: Stage, *, on_gpu: bool) -> list[Need]:
+    if stage == "prepare":
+        return [Need(stage, "data.num_processes", 1, 0, 1, config.data.num_processes or 1)]
+    engine = ENGINE_PROCESSES if on_gpu and stage in ("generate", "judge") else 0
+    found = [
+        Need(stage, group.key, group.count, group.num_gpus, group.num_cpus, group.num_cpus + engine)
+        for group in groups_of(config, [stage], on_gpu=on_gpu)
+    ]
+    if not found and stage == "export":
+        return [Need(stage, "export.tensor_parallel_size", 1, int(on_gpu), 1, 1)]
+    return found or [Need(stage, stage, 1, 0, 1, 1)]
 
 
 def gpus_asked(slurm: SlurmConfig) -> int | None:
@@ -175,16 +178,20 @@ def _too_small(need: Need, slurm: SlurmConfig) -> list[str]:
     here = "each node" if slurm.nodes > 1 else "the node"
     found = []
     rows = (
-        ("GPUs", need.gpus, gpus_asked(slurm), "cluster.slurm.gres" if slurm.gres else "cluster.slurm.gpus_per_node"),
-        ("CPUs", need.cpus, slurm.cpus_per_node, "cluster.slurm.cpus_per_node"),
+        ("GPU", need.gpus, gpus_asked(slurm), "cluster.slurm.gres" if slurm.gres else "cluster.slurm.gpus_per_node"),
+        ("CPU", need.cpus, slurm.cpus_per_node, "cluster.slurm.cpus_per_node"),
     )
     for kind, each, asked, key in rows:
         if not each or asked is None or slurm.nodes * (asked // each) >= need.parts:
             continue
         enough = each * need.per_node(slurm.nodes)
-        what = f"{need.key} = {each}" if need.stage == "export" else f"{need.key} = {need.parts} ({each} {kind} each)"
+        what = (
+            f"{need.key} = {each}"
+            if need.stage == "export"
+            else f"{need.key} = {need.parts} ({counted(each, kind)} each)"
+        )
         found.append(
-            f"{what} needs {enough} {kind} of {here} (cluster.slurm.nodes = {slurm.nodes}), and {key} asks for "
+            f"{what} needs {counted(enough, kind)} of {here} (cluster.slurm.nodes = {slurm.nodes}), and {key} asks for "
             f"{asked}: give {enough} or more, take more nodes, or lower {need.key}"
         )
     return found

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -335,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head", required=True, help="Slurm's name of the head node")
     parser.add_argument("--node-folder", type=Path, required=True, help="where Ray's files go on this node")
     parser.add_argument("--interface", help="network interface between nodes")
+    parser.add_argument("--no-gpus", action="store_true", help="hand out no GPU, whatever Slurm gave this node")
     asked = parser.parse_args(arguments)
     stop = _Stop()
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
@@ -343,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             head = None if is_head else _wait_for(asked.folder / "address", stop)
             node = find_node(head, asked.interface)
+            node = replace(node, num_gpus=0) if asked.no_gpus else node
             head = head or joined(node.address, _free_port(node.address))
             cause = _run_ray(stop, node, head, is_head=is_head, shared=asked.folder, folder=Path(folder))
         except OSError as error:

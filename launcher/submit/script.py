@@ -225,6 +225,8 @@ def _run_script(
 ) -> str:
     node_options = ["--node-folder", str(slurm.node_folder)]
     node_options += ["--interface", slurm.interface] if slurm.interface else []
+    # Engines take a GPU wherever Ray has one.
+    node_options += ["--no-gpus"] if config.cluster.device == "cpu" and asks_for_gpus(slurm) else []
     # `launcher run` does the part that is named here; earlier stages must be finished.
     part = [] if tuple(stages) == STAGES else ["--from", stages[0], "--to", stages[-1]]
     further = {"array": f"0-{len(members) - 1}" + (f"%{at_once}" if at_once else "")} if members else {}

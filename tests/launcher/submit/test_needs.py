@@ -15,6 +15,7 @@ from launcher.submit import needs
 from launcher.submit.commands import with_site
 from launcher.submit.needs import notes, with_needs
 from launcher.submit.script import Place, split_run, whole_run, whole_sweep
+from tests.launcher.submit.small_runs import launcher
 
 PLACE = Place(Path("/shared/runs/x"), Path("/home/me"), "python")
 VLLM = {"type": "vllm", "model": "owner/judge"}
@@ -106,7 +107,7 @@ def test_what_is_asked_of_each_node(
         # Too small.
         (
             {"cluster__slurm": {"gpus_per_node": 4}},
-            r"training.num_workers = 8 \(1 GPUs each\) needs 8 GPUs of the node .*gpus_per_node asks for 4",
+            r"training.num_workers = 8 \(1 GPU each\) needs 8 GPUs of the node .*gpus_per_node asks for 4",
         ),
         ({"cluster__slurm": {"gpus_per_node": 0}}, r"gpus_per_node asks for 0"),
         ({"cluster__slurm": {"gres": "gpu:a100:4"}}, r"cluster.slurm.gres asks for 4"),
@@ -160,7 +161,7 @@ def test_split_jobs_ask_for_their_own_stages(repository: Path) -> None:
         "report": (1, None, 1),
     }
     refused = eight(repository, judge=VLLM, cluster__stages={"judge": {"gpus": 0}})
-    with pytest.raises(ConfigError, match=r"judge.engines = 1 \(1 GPUs each\) needs 1 GPUs"):
+    with pytest.raises(ConfigError, match=r"judge.engines = 1 \(1 GPU each\) needs 1 GPU"):
         split_run(refused, PLACE)
 
 
@@ -186,3 +187,13 @@ def test_engines_that_leave_most_gpus_idle_are_noted(repository: Path) -> None:
 
 def test_gpus_are_counted_in_every_form() -> None:
     assert doctest.testmod(needs).failed == 0
+
+
+def test_submit_names_every_problem_at_once_and_ends_with_status_2(repository: Path, tmp_path: Path) -> None:
+    words = ["--nodes", "2", "--run-dir", tmp_path / "run", "--set", f"data.path={tmp_path}/missing.json"]
+    refused = launcher("submit", "slurm", repository / "configs/8b.yaml", *words, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "training.num_workers = 8 keeps 1 of 2 nodes busy" in refused.stderr
+    assert "missing.json: no such file" in refused.stderr
+    assert refused.stderr.splitlines()[-1] == "nothing was submitted"
+    assert list(tmp_path.iterdir()) == []

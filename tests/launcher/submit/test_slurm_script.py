@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,7 @@ def test_split_stages_are_jobs_that_wait_for_each_other(base: RunConfig) -> None
 def test_each_job_is_held_against_its_own_stages(base: RunConfig) -> None:
     config = asking(base, {"cpus_per_node": 2}, {"prepare": {"cpus": 1}, "train": {"cpus": 1}})
     check_job(config, ("prepare",), split=True)
-    with pytest.raises(ConfigError, match=r"training.num_workers = 2 \(1 CPUs each\) needs 2 CPUs of the node"):
+    with pytest.raises(ConfigError, match=r"training.num_workers = 2 \(1 CPU each\) needs 2 CPUs of the node"):
         check_job(config, ("train", "export"), split=True)
 
 
@@ -153,6 +155,18 @@ def test_the_script_is_valid(script: Path) -> None:
         pytest.skip("shellcheck is not installed")
     found = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
+
+
+def test_the_image_is_built_from_files_that_are_there(repository: Path) -> None:
+    sections = re.split(r"^%(\w+)\n", (repository / "slurm/apptainer.def").read_text(), flags=re.MULTILINE)
+    named = dict(zip(sections[1::2], sections[2::2], strict=True))
+    copied = {line.split()[0] for line in named["files"].strip().splitlines()}
+    assert all((repository / name).exists() for name in copied)
+    project = tomllib.loads((repository / "pyproject.toml").read_text())
+    needed = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    assert copied >= needed | {"pyproject.toml", "requirements-cuda.lock", project["project"]["readme"]}
+    for section in ("post", "environment", "runscript", "test"):
+        assert subprocess.run(["sh", "-n"], input=named[section], text=True, check=False).returncode == 0
 
 
 # What a shell would act on: quotes, expansions, separators, comments, spaces, patterns.
