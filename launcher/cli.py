@@ -12,7 +12,7 @@ import typer
 
 from launcher import results
 from launcher.config import RunConfig, dump_config, load_config
-from launcher.errors import ConfigError, LauncherError
+from launcher.errors import ConfigError, LauncherError, Preempted
 from launcher.stages import STAGES, Stage
 from launcher.submit.commands import MoreSweep, Sweep, register, sweep_words
 
@@ -232,6 +232,7 @@ def main() -> None:
     from trainer.errors import TrainerError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
+    signal.signal(signal.SIGUSR1, _preempted)
     try:
         app()
     except LauncherError as error:
@@ -243,6 +244,11 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from here", err=True)
         sys.exit(130)
+
+
+def _preempted(*_: object) -> None:
+    """End after SIGUSR1 outside of training, which takes it as a request to save."""
+    raise Preempted("stopped by SIGUSR1; what was finished is kept, and the same command resumes from here")
 
 
 def _run(

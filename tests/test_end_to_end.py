@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ import pytest
 from launcher.quickstart_data import write_quickstart_data
 
 LAUNCHER = Path(sys.executable).parent / "launcher"
+# The launcher, which ends with a line of what its process has loaded.
+TELLING = """
+import sys
+from launcher.cli import main
+try:
+    main()
+finally:
+    heavy = ("torch", "transformers", "vllm", "deepspeed", "datasets")
+    print("loaded:", *(name for name in heavy if name in sys.modules))
+"""
 CONFIG = """\
 run: {{name: small, storage: {folder}, seed: 1}}
 model:
@@ -59,6 +71,15 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
+def runs(mark: str, word: str) -> bool:
+    """Whether a process with the mark has the word in its command line."""
+    for pid in processes_of(mark):
+        with suppress(OSError):
+            if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return True
+    return False
+
+
 def none_left(mark: str, within_s: float) -> bool:
     end = time.monotonic() + within_s
     while processes_of(mark) and time.monotonic() < end:
@@ -69,7 +90,7 @@ def none_left(mark: str, within_s: float) -> bool:
 def start(config: Path, mark: str, log: Path, *words: str) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         return subprocess.Popen(
-            [str(LAUNCHER), "run", str(config), *words],
+            [sys.executable, "-c", TELLING, "run", str(config), *words],
             env=os.environ | {"RUN_MARK": mark},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -108,6 +129,10 @@ def test_it_ends_with_the_report_and_one_line(finished: tuple[Path, str, str]) -
     assert str(run_dir / "report.html") in printed
 
 
+def test_the_launcher_loads_nothing_that_takes_a_gpu(finished: tuple[Path, str, str]) -> None:
+    assert finished[2].splitlines()[-1] == "loaded: "
+
+
 def test_training_learned_from_every_row(finished: tuple[Path, str, str]) -> None:
     metrics = rows(finished[0] / "metrics.jsonl")
     steps = [row for row in metrics if row["kind"] == "train"]
@@ -138,7 +163,7 @@ def test_a_second_run_finds_everything_done(finished: tuple[Path, str, str]) -> 
         timeout=60,
     )
     assert again.stdout.count("is done") == 6
-    assert again.stdout.splitlines()[-2] == printed.splitlines()[-2]
+    assert again.stdout.splitlines()[-2] == printed.splitlines()[-3]
 
 
 def test_a_changed_setting_stops_with_the_difference(finished: tuple[Path, str, str]) -> None:
@@ -179,3 +204,23 @@ def test_interrupted_in_training_it_leaves_no_process_and_goes_on(tmp_path: Path
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > reached + 1
     assert none_left(mark, within_s=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_while_exporting_leaves_no_process(
+    number: signal.Signals, status: int, finished: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    run_dir, config, _ = finished
+    again = tmp_path / "small"
+    shutil.copytree(run_dir, again)
+    mark = uuid.uuid4().hex
+    # vLLM loads for half a minute: the signal comes while its process does.
+    process = start(Path(config), mark, tmp_path / "log", "--only", "export", "--force", "--run-dir", str(again))
+    end = time.monotonic() + 200
+    while not runs(mark, "trainer.export.ask_vllm:answer") and time.monotonic() < end:
+        time.sleep(0.2)
+    assert time.monotonic() < end
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == status, (tmp_path / "log").read_text()
+    assert none_left(mark, within_s=10)

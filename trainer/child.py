@@ -56,8 +56,8 @@ def run_in_child(
     """
     with tempfile.TemporaryDirectory(prefix="child-") as folder:
         call, outcome = Path(folder, "call"), Path(folder, "outcome")
-        call.write_bytes(pickle.dumps((function, arguments)))
-        code = _run(call, outcome, os.environ | (environment or {}), log, timeout_s)
+        call.write_bytes(pickle.dumps(arguments))
+        code = _run(function, call, outcome, os.environ | (environment or {}), log, timeout_s)
         if not outcome.exists():
             raise TrainerError(f"the process of {function} {_end_in_words(code)}")
         returned, raised = pickle.loads(outcome.read_bytes())  # noqa: S301 - written by this module, in a private folder
@@ -66,12 +66,19 @@ def run_in_child(
     return returned
 
 
-def _run(call: Path, outcome: Path, environment: Mapping[str, str], log: Path | None, timeout_s: float | None) -> int:
+def _run(
+    function: str,
+    call: Path,
+    outcome: Path,
+    environment: Mapping[str, str],
+    log: Path | None,
+    timeout_s: float | None,
+) -> int:
     """Start the process and wait for its end; whatever happens, nothing of it is left when this returns."""
     output = log.open("ab") if log else None
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.child", str(call), str(outcome), str(os.getpid())],
+            [sys.executable, "-m", "trainer.child", function, str(call), str(outcome), str(os.getpid())],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -81,7 +88,7 @@ def _run(call: Path, outcome: Path, environment: Mapping[str, str], log: Path | 
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise TrainerError(f"a process did not end within {timeout_s:g} s, and was ended") from None
+            raise TrainerError(f"the process of {function} did not end within {timeout_s:g} s, and was ended") from None
         finally:
             _end_group(process)
     finally:
@@ -137,13 +144,13 @@ def _end_with_parent(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _main(call: Path, outcome: Path, parent: int) -> None:
+def _main(function: str, call: Path, outcome: Path, parent: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # batch systems signal a whole job; the parent decides
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     returned = raised = None
     try:
-        function, arguments = pickle.loads(call.read_bytes())  # noqa: S301 - the parent's, in a private folder
+        arguments = pickle.loads(call.read_bytes())  # noqa: S301 - the parent's, in a private folder
         module, _, name = function.partition(":")
         returned = getattr(importlib.import_module(module), name)(*arguments)
     except Exception as error:  # noqa: BLE001 - handed to the parent, which raises it
@@ -157,4 +164,4 @@ def _main(call: Path, outcome: Path, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    _main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

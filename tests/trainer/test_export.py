@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -19,6 +20,7 @@ from trainer.data.templates import set_template
 from trainer.errors import TrainerError
 from trainer.export import stage as export_module
 from trainer.export.check import check_loss, disagreement, row_by_row_loss
+from trainer.export.device import DeviceUse, device_map_of, memory_in_words
 from trainer.export.stage import export
 from trainer.scratch import build_from_scratch
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
@@ -97,6 +99,15 @@ def test_what_is_exported_is_what_was_trained(run):
     assert counts["checkpoint"] == "step-12"
     assert counts["num_parameters"] == sum(weight.numel() for weight in weights.values())
     assert not list(run_dir.glob("model.*"))
+
+
+def test_each_use_of_the_device_is_a_process_of_its_own(run):
+    config, run_dir, weights = run
+    write_checkpoint(run_dir, weights, step=12)
+    uses = []
+    counts = export(config, run_dir, DeviceUse(claim=lambda: uses.append(psutil.Process().children()), apart=True))
+    assert uses == [[], []]  # each is claimed when the process before it is gone
+    assert counts == export(config, run_dir)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -305,6 +316,22 @@ def test_merging_what_has_no_adapter_is_refused(run):
     config, run_dir, _ = run
     with pytest.raises(TrainerError, match=r"tuning\.method full has nothing to merge"):
         export(config.model_copy(update={"export": ExportConfig(merge=True)}), run_dir)
+
+
+def test_a_model_is_spread_over_gpus_by_whole_layers(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    places = device_map_of(model, {0: size, 1: size})
+    assert set(places.values()) == {0, 1}
+    assert not [name for name in places if name.startswith("model.layers.") and name.count(".") > 2]
+    with pytest.raises(TrainerError, match=r"export\.tensor_parallel_size.*raise it"):
+        device_map_of(model, {0: size // 8, 1: size // 8})
+
+
+def test_want_of_gpu_memory_names_the_setting():
+    with pytest.raises(TrainerError, match=r"allocate 2 GiB\. export\.tensor_parallel_size is 2; with 4"):  # noqa: SIM117
+        with memory_in_words(ExportConfig(tensor_parallel_size=2)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
 
 # --- the gate -------------------------------------------------------------------------------------
