@@ -194,8 +194,8 @@ def _benchmarks(harness: Mapping[str, Row]) -> list[Row]:
 
 
 _VLLM_MEASURES = (
-    *("num_prompts", "num_tokens", "mean_difference", "mean_limit", "far_difference", "far_share", "far_share_limit"),
-    *("largest_difference", "widest_gap", "gap_limit"),
+    *("num_prompts", "num_tokens", "mean_difference", "mean_limit", "own_difference", "far_difference", "far_share"),
+    *("far_share_limit", "largest_difference", "widest_gap", "gap_limit"),
 )
 
 

@@ -348,18 +348,13 @@ def agrees(counts) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_vllm_agrees_with_the_exported_weights(tmp_path, servable_base, tiny_tokenizer, precision):
-    training = {"precision": precision}
-    config = prepare(
-        tmp_path, servable_base, tiny_tokenizer, export={"vllm_prompts": 2}, training=training, deepspeed=Z1
-    )
+    sections = {"training": {"precision": precision}, "deepspeed": {"stage": 1}, "export": {"vllm_prompts": 2}}
+    config = prepare(tmp_path, servable_base, tiny_tokenizer, **sections)
     write_checkpoint(tmp_path, trained(AutoModelForCausalLM.from_pretrained(servable_base)), step=1)
     counts = export(config, tmp_path)["vllm"]
     assert agrees(counts)
     assert counts["num_prompts"] == 2
     assert counts["num_tokens"] == 2 * 128 * 5
-
-
-Z1 = {"stage": 1}
 
 
 def spoiled(monkeypatch, spoil):

@@ -1,4 +1,4 @@
-"""The export check tells another model from another rounding; answers come from transformers here, from vLLM elsewhere."""
+"""The export check tells another model from another rounding; the answers are transformers' here, vLLM's elsewhere."""
 
 import copy
 import json
@@ -55,7 +55,7 @@ def build(config, dtype=torch.bfloat16) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn(parameter.shape)
+                parameter.add_(0.3 * torch.randn(parameter.shape))
     return model.to(dtype).eval()
 
 
