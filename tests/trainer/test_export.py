@@ -360,12 +360,12 @@ def test_vllm_agrees_with_the_exported_weights(tmp_path, servable_base, tiny_tok
 def spoiled(monkeypatch, spoil):
     """vLLM is given another folder than transformers."""
 
-    def ask_about_another(question):
+    def ask_about_another(question, *arguments):
         other = Path(question.adapter or question.model).with_name("other")
         shutil.copytree(question.adapter or question.model, other)
         spoil(other)
         change = {"adapter": other} if question.adapter else {"model": str(other)}
-        return ask_vllm(replace(question, **change))
+        return ask_vllm(replace(question, **change), *arguments)
 
     monkeypatch.setattr(export_module, "ask_vllm", ask_about_another)
 
@@ -454,6 +454,6 @@ def test_an_error_of_vllm_has_its_last_words_and_the_way_out(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     question = Question(str(tmp_path), tmp_path, None, 0, [[1]], 16, [], "fp32")
     with pytest.raises(TrainerError, match="vLLM could not answer") as error:
-        ask_vllm(question)
+        ask_vllm(question, ExportConfig())
     assert "export.vllm_prompts: 0" in str(error.value)
     assert len(str(error.value)) < 10_000
