@@ -478,6 +478,9 @@ class ExportConfig(Section):
     vllm_prompts: int = Field(
         16, ge=0, le=1024, description="Test prompts on which vLLM must agree with transformers; 0 does not ask vLLM."
     )
+    on_disagreement: Literal["fail", "warn"] = Field(
+        "fail", description="Where vLLM computes another model than transformers: refuse the export, or report it."
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs on which the exported model is checked.")
     gpu_memory_share: float = Field(
         0.9, gt=0, lt=1, description="Share of each of these GPUs' memory that vLLM takes for the check."

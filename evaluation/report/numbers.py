@@ -54,6 +54,7 @@ def build_numbers(files: RunFiles, config: ReportConfig) -> dict[str, Any]:
         "histogram": {name: _histogram(scores.scores.values()) for name, scores in models.items()},
         "samples": _samples(both, config.num_samples),
         "benchmarks": _benchmarks(files.harness),
+        "export_check": _export_check(files.records.get("export")),
         "curves": _curves(files.metrics),
         "data": files.summary,
         "judge": files.judge_summary,
@@ -190,6 +191,25 @@ def _benchmarks(harness: Mapping[str, Row]) -> list[Row]:
             } | {"harness_version": result["harness_version"]}
             row["higher_is_better"] = measure["higher_is_better"]
     return list(rows.values())
+
+
+_VLLM_MEASURES = (
+    *("num_prompts", "num_tokens", "mean_difference", "mean_limit", "own_difference", "far_difference", "far_share"),
+    *("far_share_limit", "largest_difference", "widest_gap", "gap_limit"),
+)
+
+
+def _export_check(record: Row | None) -> dict[str, Any] | None:
+    """What the export stage measured of the exported folder; null for what it did not measure."""
+    if record is None:
+        return None
+    counts = record.get("counts", {})
+    vllm = counts.get("vllm")
+    measured = {name: counts.get(name) for name in ("trained_loss", "exported_loss", "loss_tolerance")}
+    if vllm is None:
+        return measured | {"vllm": None}
+    numbers = {name: vllm.get(name) for name in _VLLM_MEASURES}
+    return measured | {"vllm": numbers | {"disagreements": vllm.get("disagreements", [])}}
 
 
 def _curves(metrics: list[Row]) -> dict[str, list[Row]]:

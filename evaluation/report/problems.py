@@ -24,6 +24,7 @@ def find_problems(files: RunFiles, models: dict[str, ModelScores], num_asked: in
     for name in ("base", "tuned"):
         if not files.verdicts.get(name):
             problems.append(f"There are no verdicts on {name}: run the judge stage.")
+    problems += _export_problems(files.records.get("export"))
     problems += judge_problems(files.judge_summary)
     problems += _leak_problems(files)
     skipped = [row for row in files.metrics if row.get("kind") == "skipped"]
@@ -39,6 +40,15 @@ def find_problems(files: RunFiles, models: dict[str, ModelScores], num_asked: in
                 f"score, its mean would be {worst:.1f} or {best:.1f}."
             )
     return problems
+
+
+def _export_problems(record: Row | None) -> list[str]:
+    """Where vLLM, which made the answers, does not compute the model that was trained."""
+    vllm = ((record or {}).get("counts") or {}).get("vllm") or {}
+    return [
+        f"vLLM does not answer like transformers with the exported model, and export.on_disagreement is warn: {words}"
+        for words in vllm.get("disagreements", [])
+    ]
 
 
 def _leak_problems(files: RunFiles) -> list[str]:

@@ -70,8 +70,6 @@ def _needs_of_stage(config: RunConfig, stage: Stage, *, on_gpu: bool) -> list[Ne
         Need(stage, group.key, group.count, group.num_gpus, group.num_cpus, group.num_cpus + engine)
         for group in groups_of(config, [stage], on_gpu=on_gpu)
     ]
-    if not found and stage == "export":
-        return [Need(stage, "export.tensor_parallel_size", 1, int(on_gpu), 1, 1)]
     return found or [Need(stage, stage, 1, 0, 1, 1)]
 
 

@@ -1,4 +1,4 @@
-"""What an exported folder must show before it becomes run_dir/model: the trainer's loss, and vLLM's agreement."""
+"""What an exported folder is compared by before it becomes run_dir/model: settings, loss, and what vLLM answers."""
 
 from __future__ import annotations
 
@@ -21,34 +21,28 @@ from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
 from trainer.model import causal_lm
 
-_MAX_TOKENS = 16
+MAX_TOKENS = 16
+"""Longest answer as a user gets it."""
+_NUM_PLACES = 256
+"""Tokens whose log-probabilities are compared, over all prompts: few prompts are followed for longer."""
+_NUM_LIKELIEST = 5
 _VLLM_TIMEOUT_S = 1800.0
+_LAST_WORDS = (15, 500)
+"""Lines of vLLM's that an error repeats, and characters of each."""
 _NOT_COMPARED = {
     *("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "revision", "auto_mapping"),
     *("dtype", "torch_dtype", "quantization_config", "use_cache", "inference_mode", "init_lora_weights"),
     *("eos_token_id", "pad_token_id", "bos_token_id"),  # the tokenizer's: compared with it
 }
+WAY_OUT = (
+    "The trained checkpoint is kept, and the same command resumes at export. export.vllm_prompts: 0 exports without "
+    "asking vLLM."
+)
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only values that it takes for its largest rank
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far two computations with the same weights may be apart.
-
-    Attributes:
-        loss: Validation loss, in nats a token.
-        logprob: Log-probability of one token, in nats.
-    """
-
-    loss: float
-    logprob: float
-
-
-TOLERANCES = {
-    "fp32": Tolerance(loss=1e-3, logprob=0.01),
-    "fp16": Tolerance(loss=5e-3, logprob=0.1),
-    "bf16": Tolerance(loss=0.02, logprob=0.25),
-}
+LOSS_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 0.02}
+"""How far two computations of a validation loss with the same weights may be apart, in nats a token."""
 
 
 def device_of_the_gate() -> torch.device:
@@ -91,14 +85,22 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     Returns:
         JSON-able values by name; without what says where it came from, how it is held, and where generation stops.
     """
-    settings = _comparable(causal_lm(model).config.to_dict())
+    settings = comparable(causal_lm(model).config.to_dict())
     if isinstance(model, PeftModel):
-        adapter = _comparable(model.active_peft_config.to_dict())
+        adapter = comparable(model.active_peft_config.to_dict())
         settings |= {f"adapter's {name}": value for name, value in adapter.items()}
     return settings
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them, without those that are not the network's.
+
+    Args:
+        settings: Of a configuration of transformers or PEFT.
+
+    Returns:
+        The rest, by name.
+    """
     as_json = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     return {name: value for name, value in json.loads(as_json).items() if name not in _NOT_COMPARED}
 
@@ -173,153 +175,144 @@ class Served:
     """What vLLM gave.
 
     Attributes:
-        answers: For each prompt `token_ids` and their `logprobs`.
+        answers: For each prompt `as_served`, the token ids of a user's answer; `token_ids`, chosen greedily past stop
+            tokens; `likeliest` and `logprobs`, [tokens][5] token ids, the chosen one first, and their log-probabilities
+            in nats.
         settings: The network's configuration as vLLM has it.
+        adapter_modules: Names of the modules on which it applies the adapter; None without one.
+        tokenizer: Its `chat_template`, and the `token_ids` that it makes of the texts.
     """
 
     answers: list[dict[str, Any]]
     settings: dict[str, Any]
+    adapter_modules: list[str] | None
+    tokenizer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What vLLM is asked.
+
+    Attributes:
+        model: Folder (or hub id) that it loads.
+        tokenizer: Folder of the tokenizer that it serves with.
+        adapter: LoRA folder that it serves on top, or None.
+        rank: Rank of the adapter.
+        prompts: Token ids.
+        num_scored: Tokens after each prompt whose log-probabilities are given.
+        texts: To be tokenized.
+        precision: fp32, fp16 or bf16, what is computed with.
+        revision: Commit of the model on the hub; None for a local folder.
+    """
+
+    model: Path | str
+    tokenizer: Path
+    adapter: Path | None
+    rank: int
+    prompts: list[list[int]]
+    num_scored: int
+    texts: list[str]
+    precision: str
+    revision: str | None = None
+
+
+def fit_context(prompts: list[list[int]], context: int | None) -> tuple[list[list[int]], int]:
+    """How far each prompt is followed, and prompts that leave room for it. Pure.
+
+    >>> fit_context([[1, 2, 3, 4, 5, 6], [7]], 10)
+    ([[2, 3, 4, 5, 6], [7]], 5)
+
+    Args:
+        prompts: Token ids; at least one.
+        context: Longest sequence of the model, in tokens; None is no limit.
+
+    Returns:
+        The prompts, of long ones the end; and how many tokens after each are scored.
+    """
+    num_scored = max(MAX_TOKENS, -(-_NUM_PLACES // len(prompts)))
+    if context is None:
+        return prompts, num_scored
+    num_scored = min(num_scored, max(1, context // 2))
+    return [ids[-(context - num_scored) :] for ids in prompts], num_scored
 
 
 def ask_vllm(
-    model: Path | str,
-    adapter: Path | None,
-    rank: int,
-    prompts: list[list[int]],
-    precision: str,
-    export: ExportConfig,
-    explain: Callable[[str], str | None] = lambda words: None,
+    question: Question, export: ExportConfig, explain: Callable[[str], str | None] = lambda words: None
 ) -> Served:
     """vLLM's greedy answers, from a process of its own.
 
     Args:
-        model: Folder (or hub id) that vLLM loads.
-        adapter: LoRA folder that it serves on top, or None.
-        rank: Rank of the adapter.
-        prompts: Token ids.
-        precision: fp32, fp16 or bf16, what is computed with.
+        question: What is asked.
         export: GPUs and the share of their memory.
         explain: What its last words mean for the settings, where they are about memory.
 
     Returns:
-        Its answers and settings.
+        Its answers, with what it computes with.
 
     Raises:
-        TrainerError: vLLM did not load the model, or died; with its own last words.
+        TrainerError: vLLM did not load the model, or died, or took too long; with its own last words.
     """
-    longest = max(len(ids) for ids in prompts) + _MAX_TOKENS
-    engine: dict[str, Any] = {"max_model_len": longest, "disable_log_stats": True, "max_num_seqs": len(prompts)}
-    engine["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-    engine["trust_remote_code"] = False
     # The one place where the trainer steers a library through the environment: vLLM offers no argument for these.
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    engine["enforce_eager"] = True  # compiling costs more than it saves on a few prompts
-    if torch.cuda.is_available():
-        engine["gpu_memory_utilization"] = export.gpu_memory_share
-        engine["tensor_parallel_size"] = export.tensor_parallel_size
-        # Within one node; Ray's backend would ask for places of its own, in vain: this process's task holds the GPUs.
-        engine["distributed_executor_backend"] = "uni" if export.tensor_parallel_size == 1 else "mp"
-    else:
-        engine["kv_cache_memory_bytes"] = 2**28
+    if not torch.cuda.is_available():
         # One process of one thread: more of them spin while they wait, and a busy machine then takes minutes.
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-    question = {
-        "model": str(model),
-        "adapter": str(adapter) if adapter else None,
-        "adapter_rank": min((served for served in _VLLM_RANKS if served >= rank), default=rank),
-        "prompts": prompts,
-        "max_tokens": _MAX_TOKENS,
-        "engine": engine,
+    asked: dict[str, Any] = {
+        "model": str(question.model),
+        "tokenizer": str(question.tokenizer),
+        "adapter": str(question.adapter) if question.adapter else None,
+        "adapter_rank": min((served for served in _VLLM_RANKS if served >= question.rank), default=question.rank),
+        "prompts": question.prompts,
+        "texts": question.texts,
+        "max_tokens": MAX_TOKENS,
+        "num_scored": question.num_scored,
+        "num_likeliest": _NUM_LIKELIEST,
+        "engine": _engine(question, export),
     }
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         try:
             answered = run_in_child(
-                "trainer.export.ask_vllm:answer", question, environment=environment, log=log, timeout_s=_VLLM_TIMEOUT_S
+                "trainer.export.ask_vllm:answer", asked, environment=environment, log=log, timeout_s=_VLLM_TIMEOUT_S
             )
         except Exception as error:
             printed = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             printed = f"{printed.strip()}\n{type(error).__name__}: {error}".strip()
-            words = explain(printed) or "\n" + "\n".join(printed.splitlines()[-15:])
-            raise TrainerError(f"vLLM could not answer with the exported model {model}: {words}") from error
+            words = explain(printed) or "\n" + last_words(printed)
+            raise TrainerError(
+                f"vLLM could not answer with the exported model {question.model}: {words}\n{WAY_OUT}"
+            ) from error
         return Served(**answered)
 
 
-def disagreement(
-    logprobs: torch.Tensor, token_ids: list[int], claimed: list[float], stops: set[int], tolerance: float
-) -> str | None:
-    """Where vLLM's greedy answer is not the one transformers would give. Pure.
-
-    >>> logprobs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()
-    >>> disagreement(logprobs, [0, 2], [-0.3567, -0.2231], {2}, 0.01)
-    >>> disagreement(logprobs, [0, 1], [-0.3567, -0.2231], {2}, 0.01)
-    'token 1: vLLM chose 1 with log-probability -0.2231; transformers gives it -2.3026, and its likeliest, 2, -0.2231'
-
-    Args:
-        logprobs: [number of tokens, vocabulary], transformers' along vLLM's own answer.
-        token_ids: The tokens that vLLM chose.
-        claimed: Their log-probabilities as vLLM has them.
-        stops: Tokens at which an answer has to end.
-        tolerance: Largest difference of log-probabilities, in nats; as near to the likeliest a token must be.
-
-    Returns:
-        The first place, in words; None where they agree.
-    """
-    for place, (token, there) in enumerate(zip(token_ids, claimed, strict=True)):
-        here, best = logprobs[place, token].item(), int(logprobs[place].argmax())
-        likeliest = logprobs[place, best].item()
-        if not (abs(here - there) <= tolerance and likeliest - here <= tolerance):
-            return (
-                f"token {place}: vLLM chose {token} with log-probability {there:.4f}; transformers gives it "
-                f"{here:.4f}, and its likeliest, {best}, {likeliest:.4f}"
-            )
-        if token in stops and place != len(token_ids) - 1:
-            return f"token {place}: vLLM goes on after the stop token {token}"
-    return None
-
-
-@torch.no_grad()
-def compare_with_vllm(
-    model: nn.Module, prompts: list[list[int]], served: Served, stops: set[int], tolerance: float
-) -> dict[str, Any]:
-    """Compare vLLM's answers with transformers', token by token along vLLM's own answer.
-
-    Args:
-        model: The exported folder as transformers loads it, in evaluation mode.
-        prompts: Token ids.
-        served: What `ask_vllm` gave.
-        stops: Tokens at which an answer has to end.
-        tolerance: Largest difference of log-probabilities, in nats.
-
-    Returns:
-        Numbers for the record.
-
-    Raises:
-        TrainerError: They do not agree; the first place is named, and the settings that vLLM has otherwise.
-    """
-    device = next(model.parameters()).device
-    differences: list[float] = []
-    for number, (prompt, answer) in enumerate(zip(prompts, served.answers, strict=True)):
-        ids, claimed = answer["token_ids"], answer["logprobs"]
-        logits = model(input_ids=torch.tensor([prompt + ids], device=device), use_cache=False).logits[0]
-        logprobs = logits[len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
-        words = disagreement(logprobs, ids, claimed, stops, tolerance)
-        if words is not None:
-            differing = differing_settings(settings_of(model), _comparable(served.settings), only_common=True)
-            cause = (
-                f"settings that differ (transformers first, vLLM second): {'; '.join(differing)}"
-                if differing
-                else "no setting differs either, so vLLM computes this architecture otherwise"
-            )
-            raise TrainerError(
-                f"vLLM does not answer like transformers with the exported model (tolerance {tolerance}): prompt "
-                f"{number}, {words}. Tensors and tokenizer are those of the training; {cause}"
-            )
-        differences += (logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(claimed)).abs().tolist()
-    return {
-        "num_prompts": len(prompts),
-        "num_tokens": len(differences),
-        "largest_difference": max(differences, default=0.0),
-        "mean_difference": sum(differences) / max(1, len(differences)),
-        "tolerance": tolerance,
+def _engine(question: Question, export: ExportConfig) -> dict[str, Any]:
+    """Arguments of vLLM's engine."""
+    engine: dict[str, Any] = {
+        "max_model_len": max(len(ids) for ids in question.prompts) + question.num_scored,
+        "max_num_seqs": len(question.prompts),
+        "revision": question.revision,
+        "dtype": {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[question.precision],
+        "enforce_eager": True,  # compiling costs more than it saves on a few prompts
+        "disable_log_stats": True,
     }
+    if not torch.cuda.is_available():
+        return engine | {"kv_cache_memory_bytes": 2**28}
+    return engine | {
+        "gpu_memory_utilization": export.gpu_memory_share,
+        "tensor_parallel_size": export.tensor_parallel_size,
+        # Within one node; Ray's backend would ask for places of its own, in vain: this process's task holds the GPUs.
+        "distributed_executor_backend": "uni" if export.tensor_parallel_size == 1 else "mp",
+    }
+
+
+def last_words(output: str) -> str:
+    """The end of what a process wrote, bounded. Pure.
+
+    Args:
+        output: All of it.
+
+    Returns:
+        Its last lines; long ones are cut.
+    """
+    num_lines, num_chars = _LAST_WORDS
+    return "\n".join(line[:num_chars] for line in output.strip().splitlines()[-num_lines:])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -27,12 +28,14 @@ from trainer.base_files import base_digests, refuse_other_base
 from trainer.config import LoraTuning, PromptTuning, QloraTuning, TrainerConfig
 from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
+from trainer.export.agreement import compare_with_vllm, refuse_disagreement
 from trainer.export.check import (
-    TOLERANCES,
+    LOSS_TOLERANCE,
+    Question,
     Served,
     ask_vllm,
     check_loss,
-    compare_with_vllm,
+    fit_context,
     read_prompts,
     row_by_row_loss,
     settings_of,
@@ -359,18 +362,18 @@ def check_written(
 
 
 def _gate(job: Job, folder: Path, expected: Written, served: Served | None, prompts: list[list[int]]) -> dict[str, Any]:
-    tolerance = TOLERANCES[job.config.training.precision]
+    tolerance = LOSS_TOLERANCE[job.config.training.precision]
     check_tokenizer(folder, job.tokenizer)
     model = _load_again(job, folder, quantized=True)
     _check_tensors(_digests(model, job.dtype, trained_only=False), expected.digests, folder)
     check_settings(settings_of(model), expected.settings, folder)
     model = placed(model, job.num_gpus)
     loss = row_by_row_loss(model, _validation(job))
-    check_loss(job.trained_loss, loss, tolerance.loss)
+    check_loss(job.trained_loss, loss, tolerance)
     measured: dict[str, Any] = {
         "trained_loss": job.trained_loss,
         "exported_loss": loss,
-        "loss_tolerance": tolerance.loss,
+        "loss_tolerance": tolerance,
         "vllm": None,
     }
     if job.gives_adapter and isinstance(job.config.tuning, QloraTuning):  # served on the base as it is, not in 4 bits
@@ -379,7 +382,11 @@ def _gate(job: Job, folder: Path, expected: Written, served: Served | None, prom
         measured["served_loss"] = row_by_row_loss(model, _validation(job))
     if served is not None:
         stops = set() if job.gives_adapter else stop_tokens(folder)  # beside an adapter vLLM goes by the base's stops
-        measured["vllm"] = compare_with_vllm(model, prompts, served, stops, tolerance.logprob)
+        measured["vllm"] = compare_with_vllm(
+            model, job.tokenizer, prompts, served, stops=stops, precision=job.config.training.precision
+        )
+        if job.config.export.on_disagreement == "fail":
+            refuse_disagreement(measured["vllm"]["disagreements"])
     return measured
 
 
@@ -389,12 +396,26 @@ def _ask(job: Job, folder: Path, device: DeviceUse) -> tuple[Served | None, list
     unserved = job.gives_adapter and (isinstance(tuning, PromptTuning) or getattr(tuning, "dora", False))
     if export.vllm_prompts == 0 or unserved:
         return None, []
-    prompts = read_prompts(job.run_dir, export.vllm_prompts)
-    beside_base = job.gives_adapter and isinstance(tuning, LoraTuning)
-    model, adapter = (job.base, folder) if beside_base else (folder, None)
-    rank = tuning.rank if isinstance(tuning, LoraTuning) and beside_base else 0
+    adapter = tuning if job.gives_adapter and isinstance(tuning, LoraTuning) else None
+    model, revision = (job.base, job.config.model.revision) if adapter else (str(folder), None)
+    loaded: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    prompts, num_scored = fit_context(
+        read_prompts(job.run_dir, export.vllm_prompts),
+        getattr(loaded.get_text_config(), "max_position_embeddings", None),
+    )
+    question = Question(
+        model=model,
+        revision=revision,
+        tokenizer=folder,
+        adapter=folder if adapter else None,
+        rank=adapter.rank if adapter else 0,
+        prompts=prompts,
+        num_scored=num_scored,
+        texts=[str(job.tokenizer.decode(ids)) for ids in prompts],
+        precision=job.config.training.precision,
+    )
     device.claim()
-    return ask_vllm(model, adapter, rank, prompts, job.config.training.precision, export, device.explain), prompts
+    return ask_vllm(question, export, device.explain), prompts
 
 
 def _load_again(job: Job, folder: Path, *, quantized: bool) -> Any:  # noqa: ANN401

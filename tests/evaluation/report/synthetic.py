@@ -19,6 +19,28 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "a
 CATEGORIES = ["first word", "last word", "count", "reverse", "<b>bold</b>"]
 
 
+EXPORT_CHECK = {
+    "trained_loss": 0.6621,
+    "exported_loss": 0.6634,
+    "loss_tolerance": 0.02,
+    "vllm": {
+        "num_prompts": 16,
+        "num_tokens": 1280,
+        "mean_difference": 0.0583,
+        "mean_limit": 0.0795,
+        "own_difference": 0.053,
+        "far_difference": 0.424,
+        "far_share": 0.0047,
+        "far_share_limit": 0.02,
+        "largest_difference": 0.576,
+        "widest_gap": 0.188,
+        "gap_limit": 1.06,
+        "disagreements": [],
+    },
+}
+"""What an export's record holds of its check."""
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Lone surrogates cannot be UTF-8: they reach files as JSON escapes.
@@ -177,6 +199,6 @@ def _write_rest(run_dir: Path, num_rows: int, rng: random.Random) -> None:
             "wall_s": 3.2 * 4**number,
             "finished_at": f"2026-01-02T03:0{number}:05+00:00",
             "versions": {"torch": "2.13.0", "vllm": "0.32.0"},
-            "counts": {"rows": num_rows, "nested": {"deep": 1}},
+            "counts": {"rows": num_rows, "nested": {"deep": 1}} | (EXPORT_CHECK if stage == "export" else {}),
         }
         (run_dir / f"{stage}.record.json").write_text(json.dumps(record), encoding="utf-8")

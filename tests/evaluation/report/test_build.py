@@ -453,3 +453,39 @@ def test_benchmarks_stand_side_by_side(tmp_path):
     assert "| capitals\\_&lt;b&gt; | acc | 40 | tuned | 0.875 | 0.05 |" in (tmp_path / "report.md").read_text(
         encoding="utf-8"
     )
+
+
+def test_the_export_check_is_shown_with_its_limits(tmp_path):
+    make_run(tmp_path, num_rows=20)
+    check = report_of(tmp_path)["export_check"]
+    assert check["vllm"]["largest_difference"] == 0.576
+    page, summary = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    block = page[page.index('id="export-check"') :]
+    for text in (block[: block.index("</section>")], summary):
+        assert all(
+            number in text for number in ("1,280", "0.0583", "0.0795", "0.053", "0.576", "0.424", "0.5%", "2.0%")
+        )
+    assert "on_disagreement" not in page
+
+
+def test_a_disagreement_of_the_export_is_a_problem(tmp_path):
+    make_run(tmp_path, num_rows=20)
+    path = tmp_path / "export.record.json"
+    record = json.loads(path.read_text())
+    record["counts"]["vllm"] |= {"mean_difference": None, "disagreements": ["the setting <rope_theta> differs"]}
+    path.write_text(json.dumps(record))
+    report = report_of(tmp_path)
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(report)) == []
+    assert any("export.on_disagreement is warn: the setting <rope_theta>" in words for words in report["problems"])
+    assert "the setting &lt;rope_theta&gt; differs" in (tmp_path / "report.html").read_text()
+
+
+def test_an_export_that_did_not_ask_vllm_says_so(tmp_path):
+    make_run(tmp_path, num_rows=20)
+    path = tmp_path / "export.record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"counts": record["counts"] | {"vllm": None}}))
+    assert report_of(tmp_path)["export_check"]["vllm"] is None
+    assert "vLLM was not asked" in (tmp_path / "report.html").read_text()
+    path.unlink()
+    assert report_of(tmp_path)["export_check"] is None
