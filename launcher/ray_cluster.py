@@ -65,7 +65,7 @@ def local_resources() -> Resources:
     return Resources(
         num_cpus=len(os.sched_getaffinity(0)),
         num_gpus=len(gpus),
-        gpu_memory=smallest.memory if smallest else None,
+        gpu_memory=(smallest.memory or None) if smallest else None,  # 0 where the driver can't say
         capability=max((gpu.capability for gpu in gpus if gpu.capability), default=None),
         gpu_kind=smallest.name if smallest else "",
     )

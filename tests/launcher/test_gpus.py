@@ -16,11 +16,17 @@ from launcher.gpus import MIB, card_of
 from tests.launcher.stand_in_gpus import driver, h100s
 
 LISTED = """
-import json
+import json, os, sys
 from launcher.ray_cluster import local_resources
 from launcher.gpus import visible_gpus
-found = local_resources()
-print(json.dumps([found.num_gpus, found.gpu_memory, found.capability, [gpu.uuid for gpu in visible_gpus()]]))
+
+def listed(visible):
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    os.environ |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    found = local_resources()
+    return [found.num_gpus, found.gpu_memory, found.capability, [gpu.uuid for gpu in visible_gpus()]]
+
+print(json.dumps([listed(visible) for visible in json.loads(sys.argv[1])]))
 """
 CUT = [
     f"NVIDIA A100-SXM4-40GB;GPU-aaaa;{40_960 * MIB};8;0",
@@ -28,38 +34,45 @@ CUT = [
     f"+NVIDIA A100-SXM4-40GB MIG 2g.10gb;MIG-2222;{9_856 * MIB};8;0",
     f"NVIDIA A100-SXM4-40GB;GPU-bbbb;{40_960 * MIB};8;0",
 ]
+CASES: list[tuple[str | None, list[str]]] = [
+    (None, ["MIG-1111", "GPU-bbbb"]),  # of a GPU that is cut, CUDA takes the first instance
+    ("", []),
+    ("-1", []),
+    ("1", ["GPU-bbbb"]),
+    ("0,-1,1", ["MIG-1111"]),
+    ("GPU-bb", ["GPU-bbbb"]),
+    ("MIG-2222,MIG-1111", ["MIG-2222", "MIG-1111"]),
+    ("GPU-none", []),
+]
 
 
-def listed(variables: dict[str, str], visible: str | None) -> list[object]:
-    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"} | variables
-    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    answer = subprocess.run([sys.executable, "-c", LISTED], env=environment, capture_output=True, text=True, check=True)
+def listed(variables: dict[str, str], *visible: str | None) -> list[object]:
+    command = [sys.executable, "-c", LISTED, json.dumps(visible)]
+    environment = os.environ | variables
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return list(json.loads(answer.stdout))
 
 
-@pytest.mark.parametrize(
-    ("visible", "uuids"),
-    [
-        (None, ["MIG-1111", "GPU-bbbb"]),  # of a GPU that is cut, CUDA takes the first instance
-        ("", []),
-        ("-1", []),
-        ("1", ["GPU-bbbb"]),
-        ("0,-1,1", ["MIG-1111"]),
-        ("GPU-bb", ["GPU-bbbb"]),
-        ("MIG-2222,MIG-1111", ["MIG-2222", "MIG-1111"]),
-        ("GPU-none", []),
-    ],
-)
-def test_only_what_cuda_gives_is_counted(visible: str | None, uuids: list[str], tmp_path: Path) -> None:
-    smallest = {"MIG-2222": 9_856, "MIG-1111": 19_968, "GPU-bbbb": 40_960}
-    memory = min((smallest[uuid] * MIB for uuid in uuids), default=None)
-    expected = [len(uuids), memory, [8, 0] if uuids else None, uuids]
-    assert listed(driver(tmp_path, *CUT), visible) == expected
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, object]:
+    """What a process finds, by its CUDA_VISIBLE_DEVICES."""
+    values = [visible for visible, _ in CASES]
+    return dict(zip(values, listed(driver(tmp_path_factory.mktemp("driver"), *CUT), *values), strict=True))
+
+
+@pytest.mark.parametrize(("visible", "uuids"), CASES)
+def test_only_what_cuda_gives_is_counted(
+    visible: str | None, uuids: list[str], found: dict[str | None, object]
+) -> None:
+    sizes = {"MIG-2222": 9_856, "MIG-1111": 19_968, "GPU-bbbb": 40_960}
+    memory = min((sizes[uuid] * MIB for uuid in uuids), default=None)
+    assert found[visible] == [len(uuids), memory, [8, 0] if uuids else None, uuids]
 
 
 def test_without_a_driver_there_are_none(tmp_path: Path) -> None:
-    assert listed({"LD_LIBRARY_PATH": str(tmp_path)}, None) == [0, None, None, []]
-    assert listed(driver(tmp_path) | {"STAND_IN_GPUS": str(tmp_path / "none")}, None) == [0, None, None, []]
+    nothing = [[0, None, None, []]]
+    assert listed({"LD_LIBRARY_PATH": str(tmp_path)}, None) == nothing
+    assert listed(driver(tmp_path) | {"STAND_IN_GPUS": str(tmp_path / "none")}, None) == nothing
 
 
 RAY = """
