@@ -46,7 +46,9 @@ def _gemma3(*sizes: int, head_size: int, window: int, positions: int = 131_072) 
 
 def _gemma3_with_vision(*sizes: int, head_size: int) -> Config:
     text = _gemma3(*sizes, 262_208, head_size=head_size, window=1024)
-    return {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 896}
+    vision |= {"num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    return {"model_type": "gemma3", "text_config": text, "vision_config": vision}
 
 
 def _phi3(*sizes: int, positions: int, window: int | None = None, tied: bool = False) -> Config:
