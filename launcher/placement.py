@@ -6,7 +6,7 @@ Sums over the cluster are not enough: 8 GPUs on one node and 64 CPUs on another 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evaluation.config import GenerationConfig, JuryJudge, VllmJudge
 from launcher.config import RunConfig
@@ -149,8 +149,11 @@ def problem_of(group: Group, nodes: Sequence[Node]) -> str | None:
             "larger cluster in cluster.address"
         )
     ways = [f"{group.key} = {fit}"] if fit and not group.key.endswith("tensor_parallel_size") else []
-    if (cpus := _cpus_that_fit(group, nodes)) is not None:
+    if (cpus := _cpus_that_fit(group, group.count, nodes)) is not None:
         ways.insert(0, f"{group.cpu_key} = {cpus}")
+    elif not ways and (cpus := _cpus_that_fit(group, 1, nodes)) is not None:
+        fewer = room(replace(group, num_cpus=cpus), nodes)
+        ways.append(f"{group.cpu_key} = {cpus} with {group.key} = {fewer}")
     way_out = f"what fits: {', or '.join(ways)}" if ways else "ask for less, or name a larger cluster"
     return (
         f"{group.key} = {group.count}: {group} are needed, each whole on one node, and {fit} can be placed: "
@@ -178,9 +181,9 @@ def in_words(nodes: Sequence[Node]) -> list[str]:
     return phrases
 
 
-def _cpus_that_fit(group: Group, nodes: Sequence[Node]) -> int | None:
-    """The most CPUs of each process with which all of them can be placed; None where the key or a fit is missing."""
+def _cpus_that_fit(group: Group, count: int, nodes: Sequence[Node]) -> int | None:
+    """The most CPUs of each process with which so many can be placed; None where the key or a fit is missing."""
     if group.cpu_key is None:
         return None
-    fewer = (Group(group.key, group.count, cpus, group.num_gpus) for cpus in range(group.num_cpus - 1, 0, -1))
-    return next((less.num_cpus for less in fewer if room(less, nodes) >= less.count), None)
+    fewer = (replace(group, num_cpus=cpus) for cpus in range(group.num_cpus - 1, 0, -1))
+    return next((less.num_cpus for less in fewer if room(less, nodes) >= count), None)

@@ -45,6 +45,12 @@ def test_cpus_count_beside_gpus() -> None:
     assert misfits(fewer, Resources(num_cpus=32, num_gpus=8)) == []
 
 
+def test_few_cpus_leave_a_way_out() -> None:
+    asked = config(training={"num_workers": 8, "threads_per_worker": 8})
+    (problem,) = misfits(asked, Resources(num_cpus=5, num_gpus=8))
+    assert problem.endswith("what fits: training.threads_per_worker = 5 with training.num_workers = 1")
+
+
 def test_sums_over_nodes_are_not_enough() -> None:
     asked = config(training={"num_workers": 8, "threads_per_worker": 4})
     nodes = together([Node(4, 8, "gpus"), Node(64, 0, "cpus")], "the cluster")
