@@ -334,6 +334,11 @@ def with_site(config: RunConfig, nodes: int | None) -> RunConfig:
     path = site_file()
     site = read_yaml(path)[0] if path.is_file() else {}
     own = config.cluster.slurm.model_dump(exclude_unset=True) if config.cluster.slurm else {}
+    # GPUs are asked for in one of two ways; the run's own takes the place of the site's.
+    if "gpu" in str(own.get("gres")):
+        site.pop("gpus_per_node", None)
+    if "gpus_per_node" in own and "gpu" in str(site.get("gres")):
+        site.pop("gres")
     try:
         merged = SlurmConfig.model_validate({**site, **own, **({"nodes": nodes} if nodes else {})})
     except ValidationError as error:

@@ -262,13 +262,13 @@ def notes(config: RunConfig, slurm: SlurmConfig, stages: Collection[Stage] = STA
         Lines of text.
     """
     gpus = gpus_asked(slurm) or 0
-    each = [f"{gpus} GPUs"] * bool(gpus) + [f"{slurm.cpus_per_node} CPUs"] * bool(slurm.cpus_per_node)
-    found = [f"asks for {slurm.nodes} node{'s' if slurm.nodes > 1 else ''} with {' and '.join(each) or 'the default'}"]
+    each = [counted(number, kind) for number, kind in ((gpus, "GPU"), (slurm.cpus_per_node or 0, "CPU")) if number]
+    found = [f"asks for {counted(slurm.nodes, 'node')} with {' and '.join(each)}{' each' if slurm.nodes > 1 else ''}"]
     for need in needs_of(config, stages, on_gpu=gpus > 0 and config.cluster.device == "cuda"):
         if need.key.endswith("engines") and need.gpus and need.parts * need.gpus * 2 <= gpus * slurm.nodes:
             most = slurm.nodes * (gpus // need.gpus)
             found.append(
-                f"{need.key} = {need.parts} uses {need.parts * need.gpus} of {gpus * slurm.nodes} GPUs; "
+                f"{need.key} = {need.parts} uses {need.parts * need.gpus} of {counted(gpus * slurm.nodes, 'GPU')}; "
                 f"{most} engines would use {most * need.gpus}"
             )
     return found

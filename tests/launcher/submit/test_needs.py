@@ -185,6 +185,17 @@ def test_engines_that_leave_most_gpus_idle_are_noted(repository: Path) -> None:
     ]
 
 
+def test_a_run_on_cpus_hands_out_no_gpu(repository: Path) -> None:
+    """Engines take GPUs wherever Ray has some, and the batch of a site may come with them."""
+    slurm = {"gres": "gpu:8"}
+    texts = [
+        whole_run(eight(repository, cluster__device=device, cluster__slurm=slurm), PLACE)[0].text
+        for device in ("cpu", "cuda")
+    ]
+    assert ["--no-gpus" in text for text in texts] == [True, False]
+    assert ["--gres=gpu:8" in text for text in texts] == [True, True]
+
+
 def test_gpus_are_counted_in_every_form() -> None:
     assert doctest.testmod(needs).failed == 0
 

@@ -375,7 +375,7 @@ def test_slurm_grants_what_two_nodes_were_asked_for(slurm: Any, submitting: Path
     own = [*on_gpus, "--set", "cluster.slurm.gpus_per_node=2"]
     submitted = launcher("submit", "slurm", config, *own, "--detach", cwd=submitting)
     assert submitted.returncode == 0, submitted.stderr
-    assert "job: asks for 2 nodes with 2 GPUs and 3 CPUs" in submitted.stderr
+    assert "job: asks for 2 nodes with 2 GPUs and 3 CPUs each" in submitted.stderr
     (job,) = jobs_of(run)
     until(lambda: all(gpus_of_ray(slurm, host)[1] for host in (1, 2)), 120, lambda: log_of(run))
     shown = slurm.command("scontrol", "show", "job", "--details", job)

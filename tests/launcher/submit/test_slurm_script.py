@@ -240,6 +240,9 @@ def test_the_site_file_lies_under_the_configuration(base: RunConfig, tmp_path: P
     slurm = with_site(asking(base, {"partition": "mine"}), nodes=None).cluster.slurm
     assert slurm is not None
     assert (slurm.partition, slurm.account, slurm.nodes, slurm.gpus_per_node) == ("mine", "site", 3, "8")
+    other = with_site(asking(base, {"gres": "gpu:a100:4"}), nodes=None).cluster.slurm
+    assert other is not None
+    assert (other.gpus_per_node, other.gres) == (None, "gpu:a100:4")
     more = with_site(asking(base, {"partition": "mine"}), nodes=5).cluster.slurm
     assert more is not None
     assert more.nodes == 5
