@@ -374,6 +374,8 @@ def _one_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _wait_for_own_gpu() -> None:
     """Wait until an engine, or a worker of the attempt before, has let go of this worker's GPU; then begin anyway."""
+    if not ray.get_gpu_ids():
+        return
     from evaluation.gpu import wait_until_free
 
     context = ray.train.get_context()
