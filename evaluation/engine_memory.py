@@ -93,6 +93,9 @@ def _cache_too_small(settings: EngineSettings, found: re.Match[str]) -> Explaine
 
 
 def _no_cache(settings: EngineSettings, _found: re.Match[str]) -> Explained:
+    if settings.cpu_cache_gib is not None:
+        cause = f"{settings.section}.cpu_cache_gib = {settings.cpu_cache_gib:g} does not hold one block of the cache"
+        return cause, [f"{settings.section}.cpu_cache_gib: {max(1.0, 2 * settings.cpu_cache_gib):g}"]
     share = f"{settings.section}.gpu_memory_share = {settings.gpu_memory_share:g}"
     return f"the model's weights leave nothing of {share} for the key-value cache", _more_memory(settings)
 

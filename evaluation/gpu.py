@@ -23,6 +23,7 @@ def wait_until_free(
     share: float,
     key: str,
     *,
+    device: int | None = None,
     wait_s: float = _WAIT_S,
     nvml: Any = None,  # noqa: ANN401 - the module pynvml, or a stand-in
     sleep: Callable[[float], None] = time.sleep,
@@ -32,6 +33,7 @@ def wait_until_free(
     Args:
         share: Of each GPU's memory, what is going to be taken.
         key: The setting that says so, for the message.
+        device: Which of this process's GPUs, where it uses one of several; None is all of them.
         wait_s: Longest wait, in seconds.
         nvml: The driver's library; None loads it.
         sleep: Waits.
@@ -45,7 +47,9 @@ def wait_until_free(
     nvml.nvmlInit()
     try:
         waited = 0.0
-        while held := [words for handle in _visible(nvml) if (words := _held(nvml, handle, share))]:
+        visible = list(_visible(nvml))
+        used = visible if device is None else visible[device : device + 1]
+        while held := [words for handle in used if (words := _held(nvml, handle, share))]:
             if waited >= wait_s:
                 raise EvaluationError(
                     f"{'; '.join(held)}. {key} = {share:g} was waited for for {wait_s:g} s: end these processes, or "

@@ -24,7 +24,8 @@ class Engine(vLLMEngineStageUDF):
     """
 
     def __init__(self, *, settings: EngineSettings, **arguments: Any) -> None:  # noqa: ANN401 - Ray Data's
-        wait_until_free(settings.gpu_memory_share, f"{settings.section}.gpu_memory_share")
+        if settings.cpu_cache_gib is None:
+            wait_until_free(settings.gpu_memory_share, f"{settings.section}.gpu_memory_share")
         logs = {path: path.stat().st_size for path in _logs()}
         try:
             super().__init__(**arguments)

@@ -7,6 +7,7 @@ folder, written by the trainer, and never in Ray's bookkeeping.
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import trainer.errors
+from evaluation.errors import EvaluationError
 from launcher.config import RunConfig
 from launcher.errors import LauncherError, Preempted
 from launcher.estimate import memory
@@ -36,6 +38,8 @@ from trainer.errors import NotEnoughMemoryError, TrainerError
 
 # Ray may take so long to see that a node is gone: five health checks that fail, 3 s apart.
 NODE_LOST_S = 20
+# Of its GPU's memory, what a worker waits for before it begins.
+_FREE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -364,4 +368,19 @@ def _watch(trainer: DataParallelTrainer, tick: Callable[[], None]) -> dict[str, 
 def _one_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     from trainer.worker import train
 
+    _wait_for_own_gpu()
     return train(TrainerConfig.model_validate(arguments["config"]), Path(arguments["run_dir"]))
+
+
+def _wait_for_own_gpu() -> None:
+    """Wait until an engine, or a worker of the attempt before, has let go of this worker's GPU; then begin anyway."""
+    if not ray.get_gpu_ids():
+        return
+    from evaluation.gpu import wait_until_free
+
+    context = ray.train.get_context()
+    try:
+        wait_until_free(_FREE_SHARE, "training", device=context.get_local_rank(), wait_s=NODE_LOST_S)
+    except EvaluationError as error:
+        # Something small may hold it for good, such as a desktop; what does not fit then, ends as out of memory.
+        print(f"training begins on a GPU that others use: {error}", file=sys.stderr)

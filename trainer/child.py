@@ -27,6 +27,9 @@ from typing import Any
 from trainer.errors import TrainerError
 
 _OWN = ("builtins", "trainer", "launcher", "evaluation")
+# The package need not be installed: a Ray worker has it from the path of the launcher.
+_START = "import sys; sys.path.append(sys.argv[1]); from trainer.child import main; main(*sys.argv[2:])"
+_ROOT = str(Path(__file__).resolve().parents[1])
 _STOP_S = 10.0  # for a child that was asked to end; then it is killed
 _LOOK_S = 0.5  # how often a child looks whether its parent is still there
 
@@ -78,7 +81,7 @@ def _run(
     output = log.open("ab") if log else None
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.child", function, str(call), str(outcome), str(os.getpid())],
+            [sys.executable, "-c", _START, _ROOT, function, str(call), str(outcome), str(os.getpid())],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -144,24 +147,28 @@ def _end_with_parent(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _main(function: str, call: Path, outcome: Path, parent: int) -> None:
+def main(function: str, call: str, outcome: str, parent: str) -> None:
+    """Run in the child: call the function and write what becomes of it.
+
+    Args:
+        function: "module:name".
+        call: File with its arguments.
+        outcome: File that is written.
+        parent: Process id of the parent, with whose end this process ends.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # batch systems signal a whole job; the parent decides
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
     returned = raised = None
     try:
-        arguments = pickle.loads(call.read_bytes())  # noqa: S301 - the parent's, in a private folder
+        arguments = pickle.loads(Path(call).read_bytes())  # noqa: S301 - the parent's, in a private folder
         module, _, name = function.partition(":")
         returned = getattr(importlib.import_module(module), name)(*arguments)
     except Exception as error:  # noqa: BLE001 - handed to the parent, which raises it
         raised = portable(error)
-    partial = outcome.with_suffix(".partial")
+    partial = Path(outcome + ".partial")
     partial.write_bytes(pickle.dumps((returned, raised)))
     partial.replace(outcome)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

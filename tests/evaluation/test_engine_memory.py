@@ -38,6 +38,7 @@ def test_weights_that_leave_no_cache() -> None:
         "the model's weights leave nothing of generation.gpu_memory_share = 0.9 for the key-value cache. Set "
         "generation.tensor_parallel_size: 2, or generation.gpu_memory_share: 0.95"
     )
+    assert (memory_problem(CPU, said_by_vllm(-1.0, 1.0, 0)) or "").endswith("Set judge.cpu_cache_gib: 8")
 
 
 def test_a_gpu_that_others_hold() -> None:

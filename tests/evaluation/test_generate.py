@@ -172,6 +172,16 @@ def test_two_engines_share_the_rows_and_one_bad_row_fails_itself(cluster, folder
     assert sorted(shares(answer.serial for answer in answers.values())) in ([19, 20], [20, 19])
 
 
+def test_a_cache_too_small_for_the_model_names_the_setting(cluster, tmp_path):
+    model = tiny_models.build(tmp_path / "long", max_positions=8192)
+    # Two layers of 64 numbers, twice (keys, values), in 4 bytes: 1 KiB a token, and 8 MiB for 8,192 of them.
+    spec = EngineSpec(str(model), dtype="float32", cpu_cache_gib=4 / 1024, max_model_len=8192, section="judge")
+    with pytest.raises(
+        EvaluationError, match=r"a sequence of 8192 tokens needs .* Set judge\.cpu_cache_gib: 0\.02, or"
+    ):
+        list(complete(spec, [Request("a", [1], {"max_tokens": 1})]))
+
+
 def test_a_vllm_judge_gives_integers_only(finished, cluster, folders, tmp_path_factory):
     run_dir, _ = finished
     model = tiny_models.build(tmp_path_factory.mktemp("judge") / "judge", seed=5, max_positions=2048)

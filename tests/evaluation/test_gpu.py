@@ -117,5 +117,11 @@ def test_only_the_gpus_of_this_process_count(
     assert [name for name, device in {**devices, **instances, "d": cut}.items() if device.looks] == looked_at
 
 
+def test_a_worker_looks_at_its_own_gpu_alone() -> None:
+    devices = [Device("GPU-a", [70]), Device("GPU-b", [0])]
+    wait_until_free(0.9, "training", device=1, wait_s=0, nvml=Nvml(*devices))
+    assert [device.looks for device in devices] == [0, 1]
+
+
 def test_without_a_driver_there_is_nothing_to_wait_for() -> None:
     wait_until_free(0.9, "generation.gpu_memory_share")
