@@ -15,7 +15,7 @@ from launcher.placement import in_words
 from launcher.ray_cluster import Resources, misfits, resources_of, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
-from trainer.devices import device_problems, gpu_problems
+from trainer.devices import card_problems, device_problems, gpu_problems
 
 # vLLM 0.32's attention on CPUs.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -62,11 +62,13 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     found += _engine_problems(config, resources, stages, on_gpu=on_gpu)
     if "train" not in stages:
         return found
+    sections, capability = (config.model, config.training, config.deepspeed), resources.capability if on_gpu else None
     if resources.is_here:
-        capability = resources.capability if on_gpu else None
-        found += device_problems(config.model, config.training, config.deepspeed, on_gpu=on_gpu, capability=capability)
+        found += device_problems(*sections, on_gpu=on_gpu, capability=capability)
     elif known and on_gpu and _runs_as_here(config):
-        found += gpu_problems(config.model, config.training, config.deepspeed, resources.capability)
+        found += gpu_problems(*sections, capability)
+    else:  # what is installed there is not known, the kind of GPU may be
+        found += card_problems(*sections, capability)
     return found + memory.problems(config, resources, on_gpu=on_gpu)
 
 

@@ -99,13 +99,7 @@ def gpu_problems(
     Returns:
         A line for each.
     """
-    found, needs = [], ""
-    if capability is not None and capability < AMPERE:
-        here = ".".join(map(str, capability))
-        needs = f"needs GPUs of compute capability 8.0 or more (A100, RTX 30 and newer), these have {here}"
-    if needs and training.precision == "bf16":
-        way_out = "" if deepspeed.stage else " and deepspeed.stage to 1"
-        found.append(f"training.precision: bf16 {needs}: set training.precision to fp16{way_out}")
+    found = card_problems(model, training, deepspeed, capability)
     if (package := FLASH_PACKAGES.get(model.attention)) is None:
         return found
     where = f"model.attention: {model.attention}"
@@ -114,10 +108,35 @@ def gpu_problems(
             f"{where} needs the package {package}, which is not installed, and no kernel is fetched from the hub: "
             f"take auto, which needs no package, or {PIP} {package}"
         )
-    if needs:
-        found.append(f"{where} {needs}: take auto")
     if training.precision == "fp32":
         found.append(f"{where} computes in 16 bits, training.precision is fp32: take auto, or bf16")
+    return found
+
+
+def card_problems(
+    model: ModelConfig, training: TrainingConfig, deepspeed: DeepSpeedConfig, capability: Capability | None
+) -> list[str]:
+    """What a kind of GPU can't do, on whatever machine it is.
+
+    Args:
+        model: The model section.
+        training: The training section.
+        deepspeed: The deepspeed section.
+        capability: Of the GPUs; None where it is not known.
+
+    Returns:
+        A line for each.
+    """
+    if capability is None or capability >= AMPERE:
+        return []
+    has = ".".join(map(str, capability))
+    needs = f"needs GPUs of compute capability 8.0 or more (A100, RTX 30 and newer), these have {has}"
+    found = []
+    if training.precision == "bf16":
+        way_out = "" if deepspeed.stage else " and deepspeed.stage to 1"
+        found.append(f"training.precision: bf16 {needs}: set training.precision to fp16{way_out}")
+    if model.attention in FLASH_PACKAGES:
+        found.append(f"model.attention: {model.attention} {needs}: take auto")
     return found
 
 

@@ -121,3 +121,10 @@ def test_bf16_on_cards_that_lack_it_is_refused_before_anything_starts(
         assert any("training.precision: bf16 needs GPUs of compute capability 8.0" in line for line in found) is refused
     monkeypatch.setattr("launcher.gpus._driver_gpus", lambda: (old,))
     assert plan.problems(make(tmp_path, training={"precision": "fp16"}), ["train"]) == []
+
+
+@pytest.mark.parametrize(("card", "refused"), [("v100", True), ("h100", False), ("gpu-large", False)])
+def test_bf16_on_cards_that_slurm_is_asked_for(tmp_path: Path, card: str, refused: bool) -> None:
+    config = make(tmp_path, cluster={"address": "auto", "device": "cuda", "slurm": {"gpus_per_node": f"{card}:1"}})
+    found = plan.problems(config, ["train"])
+    assert any(line.endswith("these have 7.0: set training.precision to fp16") for line in found) is refused
