@@ -38,6 +38,8 @@ from trainer.data.batches import Batches
 from trainer.data.shards import PackedSplit
 from trainer.devices import device_problems, refuse_small_disk
 from trainer.errors import Preempted, TrainerError
+from trainer.export.folder import read_tokenizer
+from trainer.export.rehearsal import rehearse
 from trainer.failures import StepGuard, Watchdog, this_process
 from trainer.flops import arithmetic_of
 from trainer.isolation import prove_forward, prove_isolation
@@ -101,6 +103,9 @@ def fit(config: TrainerConfig, found: Found, on_step: Callable[[dict[str, Any]],
     Returns:
         Counts for the stage's record, equal on every rank.
     """
+    if found.rank == 0:  # what can't be exported is known before weights are loaded
+        for note in rehearse(config, found.run_dir, read_tokenizer(found.run_dir)):
+            print(note, flush=True)
     engine = build_engine(config, found)
     attempt = Attempt.begin(found.run_dir) if found.rank == 0 else None
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig
 
+from tests.trainer.families import FAMILIES, build
 from trainer.attention import PACKED_SDPA, packed_sdpa
 from trainer.config import FromScratch, ModelConfig
 from trainer.errors import TrainerError
@@ -72,6 +73,14 @@ def test_a_forward_pass_of_another_kind_is_refused(tiny_base, monkeypatch):
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(TrainerError, match="LlamaForCausalLM scores tokens otherwise"):
         prove_forward(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_both_proofs_in_packs(tmp_path, tiny_tokenizer, family):
+    folder = build(family, tiny_tokenizer, tmp_path / "base")
+    model = load_base(ModelConfig(name_or_path=str(folder)), tmp_path, torch.float32, CPU, 96)
+    prove_forward(model)
+    prove_isolation(model)
 
 
 def backend(attention="auto", device=CPU, dtype=torch.bfloat16, **text):
