@@ -65,7 +65,8 @@ def attention_backend(
     window = getattr(text, "sliding_window", None)
     if window is not None and window < sequence_length:
         return "sdpa"
-    if device.type != "cuda" or getattr(text, "attention_dropout", 0.0):
+    drops = any(getattr(text, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))  # the latter is GPT-2's
+    if device.type != "cuda" or drops:
         return PACKED_SDPA
     takes_flash = flash_takes(torch.cuda.get_device_capability(device), dtype, largest_head(text))
     return PACKED_VARLEN if takes_flash else PACKED_SDPA

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface, GPT2Config, LlamaConfig
 
 from tests.trainer.families import FAMILIES, build
 from trainer.attention import PACKED_SDPA, packed_sdpa
@@ -89,7 +89,15 @@ def backend(attention="auto", device=CPU, dtype=torch.bfloat16, **text):
     )
 
 
-def test_auto_takes_what_fits_model_and_device():
+def test_attention_that_drops_out_weights_is_not_given_to_flash_attention():
+    gpt2 = GPT2Config()  # attn_pdrop is 0.1
+    config = ModelConfig(from_scratch=SIZES)
+    assert attention_backend(config, gpt2, torch.device("cuda"), torch.bfloat16, 96) == "packed_sdpa"
+    assert backend(device=torch.device("cuda"), attention_dropout=0.1) == "packed_sdpa"
+
+
+def test_auto_takes_what_fits_model_and_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     gpu = torch.device("cuda")
     assert backend() == "packed_sdpa"
     assert backend(device=gpu) == "packed_varlen"
