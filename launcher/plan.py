@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.config import JudgeConfig, JuryJudge, ModelSource, VllmJudge, key_variables
+from launcher import base_model
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.estimate import fit, memory, text
@@ -57,6 +58,7 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     found += _head_size_problems(config, on_gpu=on_gpu)
     if config.model.name_or_path is not None:
         found += _model_problems("model.name_or_path", config.model.name_or_path)
+        found += base_model.problems(config, stages, on_gpu=on_gpu)
     if resources.is_here:  # what a Slurm job needs of its nodes is compared when it is put together
         found += misfits(config, resources, stages)
     found += _engine_problems(config, resources, stages, on_gpu=on_gpu)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from evaluation.config import AnsweringModel, ModelSource, VllmJudge
-from launcher import plan
+from launcher import base_model, plan
 from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError, Preempted
 from launcher.estimate.memory import rank_memory
@@ -56,6 +56,8 @@ def run_stages(
         if copy is not None:
             copy.begin(lambda line: console.print(line, soft_wrap=True, markup=False))
         _check_before(config, run_dir, stages[0])
+        for line in base_model.rehearse(config, run_dir, stages):
+            console.print(line, soft_wrap=True, markup=False)
         with ExitStack() as held:
             work = _Work(config, run_dir, stages, console, held, strict=strict, copy=copy)
             for stage in stages:

@@ -23,16 +23,23 @@ WITHOUT_ADAPTERS = frozenset(
         *("Mamba2ForCausalLM", "MambaForCausalLM", "StableLmForCausalLM", "Zamba2ForCausalLM"),
     }
 )
+# Under these keys configurations name the number of experts.
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
-def base_problems(folder: Path, tuning: TuningConfig, export: ExportConfig, *, served: bool) -> list[str]:
+def base_problems(
+    folder: Path, tuning: TuningConfig, export: ExportConfig, *, served: bool, on_gpu: bool, cached: bool = False
+) -> list[str]:
     """Why a base model can't be tuned, or what comes out of it can't be exported.
 
     Args:
-        folder: A Hugging Face folder, or the hub's cache of one; files that are missing are not looked at.
+        folder: A Hugging Face folder.
         tuning: The tuning section.
         export: The export section.
         served: Whether vLLM is to serve the tuned model.
+        on_gpu: Whether vLLM runs on GPUs.
+        cached: Whether it is the hub's cache, where weights that are missing will be downloaded.
 
     Returns:
         A phrase for each problem, to be put after the folder's name.
@@ -49,8 +56,26 @@ def base_problems(folder: Path, tuning: TuningConfig, export: ExportConfig, *, s
     config = contents.get("config.json")
     if config is not None:
         problems += _config_problems(config)
-        problems += _serving_problems(config, tuning, export) if served else []
-    return problems + _weights_problems(folder, contents.get(_INDEX))
+        problems += _serving_problems(config, tuning, export, on_gpu=on_gpu) if served else []
+    return problems if cached else problems + _weights_problems(folder)
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """The files of weights that a model's folder should have and has not.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Returns:
+        Their names, without the folder.
+    """
+    single = "model.safetensors"
+    try:
+        index = _json_object(folder / _INDEX)
+    except ValueError:
+        index = None
+    listed = {single} if index is None or (folder / single).is_file() else set(index.get("weight_map", {}).values())
+    return sorted(name for name in listed if not (folder / name).is_file())
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
@@ -106,27 +131,29 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _serving_problems(config: dict[str, Any], tuning: TuningConfig, export: ExportConfig) -> list[str]:
+def _serving_problems(config: dict[str, Any], tuning: TuningConfig, export: ExportConfig, *, on_gpu: bool) -> list[str]:
+    """Adapters that vLLM does not serve."""
+    if not isinstance(tuning, LoraTuning) or export.merge:
+        return []
+    way_out = "set export.merge: true, which writes whole weights, or tuning.method: full"
     architecture = next(iter(config.get("architectures") or []), "")
-    if architecture in WITHOUT_ADAPTERS and isinstance(tuning, LoraTuning) and not export.merge:
-        return [
-            f"vLLM serves no adapters beside {architecture}: set export.merge: true, which writes whole weights, or "
-            "tuning.method: full"
-        ]
+    if architecture in WITHOUT_ADAPTERS:
+        return [f"vLLM serves no adapters beside {architecture}: {way_out}"]
+    if not any((config.get(name) or 0) > 1 for name in _EXPERT_KEYS):
+        return []
+    if not on_gpu:
+        return [f"vLLM serves adapters beside a mixture of experts on GPUs only: {way_out}"]
+    if tuning.targets == "all-linear" or not _ATTENTION.issuperset(tuning.targets):
+        attention = ", ".join(sorted(_ATTENTION))
+        return [f"vLLM may leave out adapters on experts: set tuning.targets to [{attention}], or {way_out}"]
     return []
 
 
-def _weights_problems(folder: Path, index: dict[str, Any] | None) -> list[str]:
-    """Shards that are missing, and files that are cut short."""
+def _weights_problems(folder: Path) -> list[str]:
+    """Files of weights that are missing or cut short."""
     problems = []
-    single = folder / "model.safetensors"
-    listed = sorted(set(index.get("weight_map", {}).values())) if index and not single.is_file() else []
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing and len(missing) < len(listed):  # a cache that holds none of them has only been looked at
-        problems.append(
-            f"{len(missing)} of the {len(listed)} files that {_INDEX} lists are missing, such as {missing[0]}: "
-            "download them again"
-        )
+    if any(folder.glob("*.safetensors")) and (missing := missing_weights(folder)):
+        problems.append(f"has no {missing[0]} ({len(missing)} files of weights are missing): download it again")
     for file in sorted(folder.glob("*.safetensors")):
         if (reason := _damage(file)) is not None:
             problems.append(f"{file.name} {reason}: download it again")

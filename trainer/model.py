@@ -65,7 +65,8 @@ def attention_backend(
     window = getattr(text, "sliding_window", None)
     if window is not None and window < sequence_length:
         return "sdpa"
-    if device.type != "cuda" or getattr(text, "attention_dropout", 0.0):
+    drops = any(getattr(text, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))  # the latter is GPT-2's
+    if device.type != "cuda" or drops:
         return PACKED_SDPA
     takes_flash = flash_takes(torch.cuda.get_device_capability(device), dtype, largest_head(text))
     return PACKED_VARLEN if takes_flash else PACKED_SDPA
@@ -213,7 +214,7 @@ def decoder_output(model: torch.nn.Module, input_ids: Tensor, position_ids: Tens
 
 
 def scores(model: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """The output layer: next-token logits, soft-capped where the model asks for it.
+    """The output layer: next-token logits, scaled (Granite, Cohere) and soft-capped (Gemma 2) where the model does so.
 
     Args:
         model: See decoder_output.
@@ -223,8 +224,12 @@ def scores(model: torch.nn.Module, hidden: Tensor) -> Tensor:
         [..., vocabulary].
     """
     network = causal_lm(model)
+    text = network.config.get_text_config()
     logits: Tensor = network.get_output_embeddings()(hidden)
-    cap = getattr(network.config.get_text_config(), "final_logit_softcapping", None)
+    scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+    if scale != 1.0:
+        logits = logits * scale
+    cap = getattr(text, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

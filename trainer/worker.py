@@ -38,6 +38,8 @@ from trainer.data.batches import Batches
 from trainer.data.shards import PackedSplit
 from trainer.devices import device_problems, refuse_small_disk
 from trainer.errors import Preempted, TrainerError
+from trainer.export.folder import read_tokenizer
+from trainer.export.rehearsal import rehearse
 from trainer.failures import StepGuard, Watchdog, this_process
 from trainer.flops import arithmetic_of
 from trainer.isolation import prove_forward, prove_isolation
@@ -101,6 +103,8 @@ def fit(config: TrainerConfig, found: Found, on_step: Callable[[dict[str, Any]],
     Returns:
         Counts for the stage's record, equal on every rank.
     """
+    if found.rank == 0:
+        rehearse_export(config, found.run_dir)
     engine = build_engine(config, found)
     attempt = Attempt.begin(found.run_dir) if found.rank == 0 else None
     frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
@@ -144,6 +148,18 @@ def saver_of(
     return checkpoint.Saver(
         engine, found.run_dir, keep=keep, attempt=attempt, base=base, in_background=in_background, tell=tell
     )
+
+
+def rehearse_export(config: TrainerConfig, run_dir: Path) -> None:
+    """Refuse a base whose tuned weights could not be exported, before its weights are loaded; print what is fixed.
+
+    Args:
+        config: What is requested.
+        run_dir: The run; data that was written without a tokenizer is trained on, and can't be exported at all.
+    """
+    if (run_dir / "data" / "tokenizer").is_dir():
+        for note in rehearse(config, run_dir, read_tokenizer(run_dir)):
+            print(f"export: {note}", flush=True)
 
 
 def first_loss_scale(training: TrainingConfig, restored: LossScale | None) -> LossScale | None:

@@ -95,7 +95,7 @@ def shape_named(name: str, revision: str | None = None) -> Shape | None:
     Returns:
         The sizes, from the folder, the hub's local cache or the usual models' published ones; None where none has it.
     """
-    folder = _model_folder(name, revision)
+    folder = model_folder(name, revision)
     if folder is not None:
         return _shape_in(folder)
     usual = None if name.count("/") != 1 else known_config(name)
@@ -196,7 +196,16 @@ def _header(file: Path) -> list[dict[str, Any]]:
     return [entry for name, entry in header.items() if name != "__metadata__"]
 
 
-def _model_folder(name: str, revision: str | None) -> Path | None:
+def model_folder(name: str, revision: str | None) -> Path | None:
+    """Where a model's files are on this machine.
+
+    Args:
+        name: local folder or hub id.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The folder, or the one in the hub's cache; None where neither exists.
+    """
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1:

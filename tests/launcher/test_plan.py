@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ def test_a_model_folder_must_hold_safe_weights(tmp_path: Path) -> None:
     assert "no such folder" in problem(config)
     folder.mkdir()
     assert "no config.json" in problem(config)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     assert "no weights" in problem(config)
     (folder / "pytorch_model.bin").write_text("")
     assert "can run code" in problem(config)
     (folder / "model.safetensors").write_text("")
+    assert "model.safetensors is cut short or no safetensors file (0 bytes)" in problem(config)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     plan.check(config)
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface, GPT2Config, LlamaConfig
 
+from tests.trainer.families import FAMILIES, build
 from trainer.attention import PACKED_SDPA, packed_sdpa
 from trainer.config import FromScratch, ModelConfig
 from trainer.errors import TrainerError
@@ -74,13 +75,29 @@ def test_a_forward_pass_of_another_kind_is_refused(tiny_base, monkeypatch):
         prove_forward(model)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_both_proofs_in_packs(tmp_path, tiny_tokenizer, family):
+    folder = build(family, tiny_tokenizer, tmp_path / "base")
+    model = load_base(ModelConfig(name_or_path=str(folder)), tmp_path, torch.float32, CPU, 96)
+    prove_forward(model)
+    prove_isolation(model)
+
+
 def backend(attention="auto", device=CPU, dtype=torch.bfloat16, **text):
     return attention_backend(
         ModelConfig(from_scratch=SIZES, attention=attention), LlamaConfig(**text), device, dtype, 96
     )
 
 
-def test_auto_takes_what_fits_model_and_device():
+def test_attention_that_drops_out_weights_is_not_given_to_flash_attention():
+    gpt2 = GPT2Config()  # attn_pdrop is 0.1
+    config = ModelConfig(from_scratch=SIZES)
+    assert attention_backend(config, gpt2, torch.device("cuda"), torch.bfloat16, 96) == "packed_sdpa"
+    assert backend(device=torch.device("cuda"), attention_dropout=0.1) == "packed_sdpa"
+
+
+def test_auto_takes_what_fits_model_and_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     gpu = torch.device("cuda")
     assert backend() == "packed_sdpa"
     assert backend(device=gpu) == "packed_varlen"

@@ -1,6 +1,8 @@
 """A rank's place: its GPU, and where its weights are loaded to. GPUs are stand-ins for torch.cuda."""
 
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from trainer.config import DeepSpeedConfig, ModelConfig, QloraTuning, TrainerCon
 from trainer.errors import TrainerError
 from trainer.model import device_map, load_base
 from trainer.tuning import quantization
-from trainer.worker import join, take_device
+from trainer.worker import join, rehearse_export, take_device
 from trainer.zero import deepspeed_dict
 
 
@@ -113,3 +115,17 @@ def test_under_zero_3_no_map_is_passed():
     assert device_map(torch.device("cuda", 0)) is None
     del sharded
     assert device_map(torch.device("cuda", 0)) == {"": torch.device("cuda", 0)}
+
+
+def test_the_export_is_rehearsed_before_weights_are_loaded(tmp_path, tiny_base, capsys):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    config = TrainerConfig.model_validate({"model": {"from_scratch": {}}, "data": {"path": "x.json"}})
+    rehearse_export(config, tmp_path)  # data that no tokenizer was written beside
+    shutil.copytree(tiny_base, tmp_path / "data" / "tokenizer")
+    generation = tmp_path / "base" / "generation_config.json"
+    generation.write_text(json.dumps({"do_sample": False, "temperature": 0.5}))
+    rehearse_export(config, tmp_path)
+    assert capsys.readouterr().out.startswith("export: generation_config.json: temperature (0.5) is left out")
+    generation.write_text(json.dumps({"max_new_tokens": 0}))
+    with pytest.raises(TrainerError, match=r"generation_config\.json that can't be read"):
+        rehearse_export(config, tmp_path)

@@ -19,6 +19,25 @@ from trainer.export.check import differing_settings
 from trainer.model import causal_lm
 
 
+def read_tokenizer(run_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the run's data was prepared with.
+
+    Args:
+        run_dir: The run.
+
+    Returns:
+        The tokenizer, with its template.
+
+    Raises:
+        TrainerError: There is none.
+    """
+    folder = run_dir / "data" / "tokenizer"
+    if not folder.is_dir():
+        raise TrainerError(f"{folder}, the tokenizer as trained with, is missing: run prepare")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
 def prepare_configs(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:  # noqa: ANN401 - transformers' or PEFT's
     """Set the stop tokens that training used, and fix what transformers refuses to write.
 

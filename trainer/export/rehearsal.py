@@ -3,18 +3,12 @@
 Folders of the hub are in every state, and some of them load but can't be saved. The same functions that write the
 export (trainer.export.folder) write its configurations, its tokenizer and an adapter of zeros from the base; what loads
 from there is compared as the export will be. The base is read on PyTorch's meta device: only the heads of its files.
-
-    python -m trainer.export.rehearsal CONFIG.json RUN_DIR
-
-prints one JSON object, `{"problem": null or words, "notes": [...]}`. The launcher asks in this way, for its own process
-loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +51,8 @@ def rehearse(config: TrainerConfig, run_dir: Path, tokenizer: PreTrainedTokenize
     tuning = _small(config.tuning)
     writes_adapter = isinstance(tuning, LoraTuning) and not config.export.merge
     try:
-        with tempfile.TemporaryDirectory(prefix="rehearsal-") as written:
+        with tempfile.TemporaryDirectory(prefix="rehearsal-") as written, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors that can't be copied to the meta device
             tokenizer.save_pretrained(Path(written, "tokenizer"))
             model: Any = apply_tuning(network, tuning, place, str(Path(written, "tokenizer")))
             if config.export.merge and isinstance(model, PeftModel):
@@ -194,12 +189,13 @@ def _zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_again(config: ModelConfig, place: str, folder: Path, *, adapter: bool) -> Any:  # noqa: ANN401
+def _load_again(model: ModelConfig, place: str, folder: Path, *, adapter: bool) -> Any:  # noqa: ANN401
     """The model that the folder describes, on the meta device."""
     if adapter:
-        return PeftModel.from_pretrained(read_base(config, place)[0], str(folder), autocast_adapter_dtype=False)
+        return PeftModel.from_pretrained(read_base(model, place)[0], str(folder), autocast_adapter_dtype=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _check_names(model: nn.Module, again: nn.Module, folder: Path) -> None:
@@ -227,19 +223,16 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400].rstrip('.')}"
 
 
-def main() -> None:
-    """The command of the module's docstring."""
+def rehearse_base(config: TrainerConfig, run_dir: Path) -> list[str]:
+    """Rehearse before prepare has run, with the base's own tokenizer; called in a process of its own.
+
+    Args:
+        config: Base, template, tuning and export are used.
+        run_dir: The run's folder.
+
+    Returns:
+        As `rehearse`.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer: dict[str, Any] = {"problem": None, "notes": []}
-    try:
-        tokenizer = load_tokenizer(config.model, config.data.template)
-        answer["notes"] = rehearse(config, Path(sys.argv[2]), tokenizer)
-    except TrainerError as error:
-        answer["problem"] = str(error)
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
+    return rehearse(config, run_dir, load_tokenizer(config.model, config.data.template))

@@ -19,7 +19,6 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -41,7 +40,14 @@ from trainer.export.check import (
     settings_of,
 )
 from trainer.export.device import DeviceUse, memory_in_words, placed
-from trainer.export.folder import check_settings, check_tokenizer, prepare_configs, stop_tokens, write_files
+from trainer.export.folder import (
+    check_settings,
+    check_tokenizer,
+    prepare_configs,
+    read_tokenizer,
+    stop_tokens,
+    write_files,
+)
 from trainer.model import base_folder
 from trainer.stored import StoredTensors, newest
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
@@ -188,7 +194,7 @@ def write_trained(config: TrainerConfig, run_dir: Path, folder: Path) -> Written
 
 
 def _job(config: TrainerConfig, run_dir: Path, trained_loss: float | None) -> Job:
-    return Job(config, run_dir, _tokenizer(run_dir / "data" / "tokenizer"), trained_loss)
+    return Job(config, run_dir, read_tokenizer(run_dir), trained_loss)
 
 
 def _refuse_what_cannot_be(config: TrainerConfig) -> None:
@@ -202,13 +208,6 @@ def _refuse_changed_base(config: TrainerConfig, run_dir: Path, trained_on: dict[
     if trained_on is not None:
         weights = any(name.endswith(".safetensors") for name in trained_on)
         refuse_other_base(trained_on, base_digests(config.model, run_dir, weights=weights))
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not folder.is_dir():
-        raise TrainerError(f"{folder}, the tokenizer as trained with, is missing: run prepare")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return tokenizer
 
 
 # --- the model as it was trained ------------------------------------------------------------------
