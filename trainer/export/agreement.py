@@ -242,7 +242,8 @@ def _log_probabilities(model: nn.Module, prompt: list[int], answer: list[int]) -
     """[tokens of the answer, vocabulary], fp32, on the CPU."""
     device = next(model.parameters()).device
     logits = model(input_ids=torch.tensor([prompt + answer], device=device), use_cache=False).logits[0]
-    return logits[-len(answer) - 1 : -1].float().log_softmax(-1).cpu()
+    logprobs: torch.Tensor = logits[-len(answer) - 1 : -1].float().log_softmax(-1)
+    return logprobs.cpu()
 
 
 # --- what differs beside the numbers --------------------------------------------------------------
@@ -361,7 +362,7 @@ def compare_with_vllm(
     disagreements = [
         *(f"the setting {phrase} (transformers first, vLLM second)" for phrase in settings),
         *differing_adapter(model, served),
-        *differing_tokenizer(tokenizer, [tokenizer.decode(ids) for ids in prompts], served),
+        *differing_tokenizer(tokenizer, [str(tokenizer.decode(ids)) for ids in prompts], served),
         *differing_answers(served, stops),
         *numbers,
     ]
