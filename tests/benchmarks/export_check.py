@@ -420,9 +420,8 @@ def decide(result: dict[str, Any], precision: str) -> tuple[Measured, list[str]]
 
 def print_table(folder: Path) -> None:
     """All that was measured so far."""
-    print(
-        "| precision | case | mean | own | ratio | far | largest | gap | refused by |\n|---|---|--:|--:|--:|--:|--:|--:|---|"
-    )
+    print("| precision | case | mean | own | ratio | far | largest | gap | refused by |")
+    print("|---" * 9 + "|")
     wrong = 0
     for path in sorted(folder.glob("*.json")):
         precision, _, name = path.stem.partition("-")
