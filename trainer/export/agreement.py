@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import TrainerError
 from trainer.export.check import MAX_TOKENS, WAY_OUT, Served, comparable, differing_settings, settings_of
+from trainer.model import causal_lm
 
 _MOST_NAMES = 5
 
@@ -278,6 +279,15 @@ def differing_answers(served: Served, stops: set[int]) -> list[str]:
     return list(found.values())
 
 
+def _settings_in_vllm(model: nn.Module, served: Served, *, suspected: bool) -> list[str]:
+    """Settings that vLLM has otherwise; where its class has other defaults, only if the numbers differ too."""
+    config = type(causal_lm(model).config)
+    if served.settings_class != f"{config.__module__}.{config.__name__}" and not suspected:
+        return []
+    settings = differing_settings(settings_of(model), comparable(served.settings), only_common=True)
+    return [f"the setting {phrase} (transformers first, vLLM second)" for phrase in settings]
+
+
 def differing_adapter(model: nn.Module, served: Served) -> list[str]:
     """Modules that the adapter tunes in transformers and vLLM leaves alone.
 
@@ -358,9 +368,8 @@ def compare_with_vllm(
             f"; the largest difference is {max(worst.served):.4g} nats, at prompt {worst.prompt}, token {worst.token}, "
             f"where vLLM chose {worst.chosen} and {worst.likeliest} is likeliest"
         )
-    settings = differing_settings(settings_of(model), comparable(served.settings), only_common=True)
     disagreements = [
-        *(f"the setting {phrase} (transformers first, vLLM second)" for phrase in settings),
+        *_settings_in_vllm(model, served, suspected=bool(numbers)),
         *differing_adapter(model, served),
         *differing_tokenizer(tokenizer, [str(tokenizer.decode(ids)) for ids in prompts], served),
         *differing_answers(served, stops),
