@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import shutil
-import time
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from trainer.export.agreement import LIMITS, Measured, Place, measure
 from trainer.export.ask_vllm import answer
+from trainer.export.check import comparable, differing_settings
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 NUM_PROMPTS, NUM_SCORED, NUM_LIKELIEST = 6, 12, 5
@@ -344,36 +346,98 @@ def _fast_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 
 @torch.no_grad()
-def score(model: Any, prompts: list[list[int]], answers: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """Transformers' log-probabilities of the same tokens, and how much likelier its likeliest is than the chosen."""
-    here, gaps = [], []
+def score(model: Any, prompts: list[list[int]], answers: list[dict[str, Any]]) -> list[Any]:
+    """Transformers' log-probabilities of the same tokens, [prompts][places][likeliest]."""
+    found = []
     for prompt, one in zip(prompts, answers, strict=True):
         logits = model(input_ids=torch.tensor([prompt + one["token_ids"]]), use_cache=False).logits[0]
         logprobs = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
-        chosen = logprobs.gather(1, torch.tensor(one["likeliest"]))
-        here.append(chosen.tolist())
-        gaps.append((logprobs.amax(-1) - chosen[:, 0]).tolist())
-    return here, gaps
+        found.append(logprobs.gather(1, torch.tensor(one["likeliest"])).tolist())
+    return found
 
 
 @torch.no_grad()
-def measure(case: Case, precision: str, prompts: list[list[int]], out: Path) -> dict[str, Any]:
+def measure_case(case: Case, precision: str, prompts: list[list[int]], out: Path) -> dict[str, Any]:
     """Both sides of a case: log-probabilities of the same tokens, [prompts][places][likeliest]."""
-    start = time.monotonic()
     served = ask(case, precision, prompts, out)
-    print("asked", time.monotonic() - start)
     dtype = getattr(torch, DTYPES[precision])
     model = load(case.model, dtype)
     if case.adapter:
         model = PeftModel.from_pretrained(model, case.adapter, autocast_adapter_dtype=False).to(dtype).eval()
     with patch("torch.nn.functional.linear", _fast_linear):
-        here, gaps = score(model, prompts, served["answers"])
-    print("ours", time.monotonic() - start)
-    exact, _ = score(model.float(), prompts, served["answers"])
-    print("exact", time.monotonic() - start)
+        here = score(model, prompts, served["answers"])
+    exact = score(model.float(), prompts, served["answers"])
     there = [one["logprobs"] for one in served["answers"]]
-    kept = {"here": here, "there": there, "exact": exact, "gaps": gaps, "settings": served["settings"]}
-    return kept | {"adapter_modules": served["adapter_modules"], "config": model.config.to_dict()}
+    return {
+        "here": here,
+        "there": there,
+        "exact": exact,
+        "settings": served["settings"],
+        "config": model.config.to_dict(),
+        "served_modules": served["adapter_modules"],
+        "modules": modules_of(case.adapter),
+    }
+
+
+def modules_of(adapter: Path | None) -> list[str] | None:
+    """Modules that an adapter's file tunes."""
+    if adapter is None:
+        return None
+    names = load_file(adapter / "adapter_model.safetensors")
+    return sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names})
+
+
+def decide(result: dict[str, Any], precision: str) -> tuple[Measured, list[str]]:
+    """The check's decision on a measured case: numbers, and what speaks against it, shortly."""
+    places = [
+        Place(
+            prompt=prompt,
+            token=token,
+            chosen=0,
+            likeliest=0,
+            gap=max(exact) - exact[0],
+            served=[abs(one - other) for one, other in zip(there, exact, strict=True)],
+            own=[abs(one - other) for one, other in zip(here, exact, strict=True)],
+        )
+        for prompt, sides in enumerate(zip(result["here"], result["there"], result["exact"], strict=True))
+        for token, (here, there, exact) in enumerate(zip(*sides, strict=True))
+    ]
+    measured = measure(places, LIMITS[precision])
+    reasons = [
+        name
+        for name, value, limit in (
+            ("mean", measured.mean_difference, measured.mean_limit),
+            ("share", measured.far_share, measured.far_share_limit),
+            ("gap", measured.widest_gap, measured.gap_limit),
+        )
+        if not value <= limit
+    ]
+    settings = comparable(result["config"]), comparable(result["settings"])
+    reasons += ["settings"] if differing_settings(*settings, only_common=True) else []
+    missing = set(result.get("modules") or []) - set(result.get("served_modules") or [])
+    return measured, reasons + (["modules"] if missing else [])
+
+
+def print_table(folder: Path) -> None:
+    """All that was measured so far."""
+    print("| precision | case | mean | own | ratio | far | largest | gap | refused by |")
+    print("|---" * 9 + "|")
+    wrong = 0
+    for path in sorted(folder.glob("*.json")):
+        precision, _, name = path.stem.partition("-")
+        result = json.loads(path.read_text())
+        if "error" in result:
+            print(f"| {precision} | {name} | | | | | | | vLLM itself: {result['error'][:80]} |")
+            continue
+        measured, reasons = decide(result, precision)
+        wrong += bool(reasons) == result["honest"]
+        print(
+            f"| {precision} | {'' if result['honest'] else 'fault: '}{name} | {measured.mean_difference:.4f} "
+            f"| {measured.own_difference:.4f} | {measured.mean_difference / max(1e-9, measured.own_difference):.2f} "
+            f"| {measured.far_share:.3f} | {measured.largest_difference:.3f} | {measured.widest_gap:.3f} "
+            f"| {', '.join(reasons) or '-'} |"
+        )
+    print(f"{wrong} decided wrong")
 
 
 def main() -> None:
@@ -403,22 +467,12 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             try:
-                result = measure(case, precision, prompts, out)
+                result = measure_case(case, precision, prompts, out)
             except Exception as error:  # noqa: BLE001 - vLLM refuses some faults by itself, which is a result too
                 result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             path.write_text(json.dumps({"honest": case.is_honest} | result, default=str))
-            if "error" in result:
-                print(precision, case.name, result["error"], flush=True)
-                continue
-            here, there, exact = (torch.tensor(result[side]) for side in ("here", "there", "exact"))
-            for k in (1, 5):
-                far, ours, two = (x[..., :k].abs() for x in (there - exact, here - exact, here - there))
-                print(
-                    f"{precision} {case.name:40} {k} vllm {far.mean():.4f} max {far.max():.3f} ours {ours.mean():.4f} "
-                    f"max {ours.max():.3f} ratio {far.mean() / ours.mean():.2f} between {two.mean():.4f} "
-                    f"{two.max():.3f} gap {torch.tensor(result['gaps']).max():.3f}",
-                    flush=True,
-                )
+            print(precision, case.name, result.get("error", ""), file=sys.stderr, flush=True)
+    print_table(measured)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import TrainerError
 from trainer.export.check import MAX_TOKENS, WAY_OUT, Served, comparable, differing_settings, settings_of
+from trainer.model import causal_lm
 
 _MOST_NAMES = 5
 
@@ -242,7 +243,8 @@ def _log_probabilities(model: nn.Module, prompt: list[int], answer: list[int]) -
     """[tokens of the answer, vocabulary], fp32, on the CPU."""
     device = next(model.parameters()).device
     logits = model(input_ids=torch.tensor([prompt + answer], device=device), use_cache=False).logits[0]
-    return logits[-len(answer) - 1 : -1].float().log_softmax(-1).cpu()
+    logprobs: torch.Tensor = logits[-len(answer) - 1 : -1].float().log_softmax(-1)
+    return logprobs.cpu()
 
 
 # --- what differs beside the numbers --------------------------------------------------------------
@@ -275,6 +277,15 @@ def differing_answers(served: Served, stops: set[int]) -> list[str]:
                     f"prompt {number}, token {place}: vLLM did not choose the token that is likeliest to itself",
                 )
     return list(found.values())
+
+
+def _settings_in_vllm(model: nn.Module, served: Served, *, suspected: bool) -> list[str]:
+    """Settings that vLLM has otherwise; where its class has other defaults, only if the numbers differ too."""
+    config = type(causal_lm(model).config)
+    if served.settings_class != f"{config.__module__}.{config.__name__}" and not suspected:
+        return []
+    settings = differing_settings(settings_of(model), comparable(served.settings), only_common=True)
+    return [f"the setting {phrase} (transformers first, vLLM second)" for phrase in settings]
 
 
 def differing_adapter(model: nn.Module, served: Served) -> list[str]:
@@ -357,11 +368,10 @@ def compare_with_vllm(
             f"; the largest difference is {max(worst.served):.4g} nats, at prompt {worst.prompt}, token {worst.token}, "
             f"where vLLM chose {worst.chosen} and {worst.likeliest} is likeliest"
         )
-    settings = differing_settings(settings_of(model), comparable(served.settings), only_common=True)
     disagreements = [
-        *(f"the setting {phrase} (transformers first, vLLM second)" for phrase in settings),
+        *_settings_in_vllm(model, served, suspected=bool(numbers)),
         *differing_adapter(model, served),
-        *differing_tokenizer(tokenizer, [tokenizer.decode(ids) for ids in prompts], served),
+        *differing_tokenizer(tokenizer, [str(tokenizer.decode(ids)) for ids in prompts], served),
         *differing_answers(served, stops),
         *numbers,
     ]

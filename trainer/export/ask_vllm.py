@@ -51,8 +51,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `answers`, one for each prompt: `as_served`, the token ids that a user gets; `token_ids`, what was chosen past
         stop tokens; `likeliest` and `logprobs`, [num_scored][num_likeliest] token ids, the chosen one first, and their
-        log-probabilities in nats. `settings`, the model's configuration as vLLM has it. `adapter_modules`, or null.
-        `tokenizer`: its `chat_template` and the `token_ids` of the texts.
+        log-probabilities in nats. `settings`, the model's configuration as vLLM has it, and its `settings_class`.
+        `adapter_modules`, or null. `tokenizer`: its `chat_template` and the `token_ids` of the texts.
     """
     adapter = question["adapter"]
     lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": question["adapter_rank"]} if adapter else {}
@@ -77,12 +77,14 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     served = engine.generate(prompts, as_served, use_tqdm=False, lora_request=request)
     further = engine.generate(prompts, scored, use_tqdm=False, lora_request=request)
     tokenizer: Any = engine.get_tokenizer()
+    config = engine.model_config.hf_config
     return {
         "answers": [
             {"as_served": list(one.outputs[0].token_ids)} | _scored(two.outputs[0], question["num_likeliest"])
             for one, two in zip(served, further, strict=True)
         ],
-        "settings": json.loads(json.dumps(engine.model_config.hf_config.to_dict(), default=str)),
+        "settings": json.loads(json.dumps(config.to_dict(), default=str)),
+        "settings_class": f"{type(config).__module__}.{type(config).__name__}",
         "adapter_modules": engine.collective_rpc("adapter_modules")[0] if adapter else None,
         "tokenizer": {
             "chat_template": tokenizer.chat_template,

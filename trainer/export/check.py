@@ -179,12 +179,14 @@ class Served:
             tokens; `likeliest` and `logprobs`, [tokens][5] token ids, the chosen one first, and their log-probabilities
             in nats.
         settings: The network's configuration as vLLM has it.
+        settings_class: Its class, with the module: transformers' own, or one of vLLM's.
         adapter_modules: Names of the modules on which it applies the adapter; None without one.
         tokenizer: Its `chat_template`, and the `token_ids` that it makes of the texts.
     """
 
     answers: list[dict[str, Any]]
     settings: dict[str, Any]
+    settings_class: str
     adapter_modules: list[str] | None
     tokenizer: dict[str, Any]
 

@@ -122,7 +122,9 @@ def answers_of(model, tokenizer, prompts=PROMPTS, num_tokens=16) -> Served:
         for chosen, others, values in zip(*(side.tolist() for side in sides), strict=True)
     ]
     texts = [tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids for ids in prompts]
-    return Served(answers, model.config.to_dict(), None, {"chat_template": None, "token_ids": texts})
+    config = type(model.config)
+    settings_class = f"{config.__module__}.{config.__name__}"
+    return Served(answers, model.config.to_dict(), settings_class, None, {"chat_template": None, "token_ids": texts})
 
 
 def disagreements(model, tokenizer, served, precision="bf16", prompts=PROMPTS):
@@ -185,6 +187,10 @@ def test_a_setting_is_named_though_the_numbers_agree(tiny_tokenizer):
     served = replace(served, settings=served.settings | {"rms_norm_eps": 1e-5})
     (words,) = disagreements(model, tiny_tokenizer, served)
     assert words == "the setting rms_norm_eps is 1e-06 and 1e-05 (transformers first, vLLM second)"
+    own_class = replace(served, settings_class="vllm.transformers_utils.configs.Llama")  # with defaults of its own
+    assert disagreements(model, tiny_tokenizer, own_class) == []
+    own_class.answers[0]["logprobs"][0][0] += 90.0
+    assert "rms_norm_eps" in disagreements(model, tiny_tokenizer, own_class)[0]
 
 
 def test_the_number_is_named_with_its_limit_and_place(tiny_tokenizer):
@@ -225,7 +231,7 @@ def test_a_single_near_tie_does_not_decide():
 
 def served_answer(**changes):
     answer = {"as_served": [5, 6, 2], "token_ids": [5], "likeliest": [[5, 6]], "logprobs": [[-0.1, -2.0]]}
-    return Served([answer | changes], {}, None, {"chat_template": None, "token_ids": []})
+    return Served([answer | changes], {}, "", None, {"chat_template": None, "token_ids": []})
 
 
 @pytest.mark.parametrize(
