@@ -123,6 +123,8 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         )
     if config.get("is_encoder_decoder"):
         problems.append("is an encoder-decoder (config.json), not a causal language model: give a decoder-only model")
+    if (config.get("lm_head_multiplier") or 1.0) != 1.0:  # Falcon-H1
+        problems.append("scales its scores (lm_head_multiplier in config.json), which training does not: not supported")
     if config.get("output_router_logits"):
         problems.append(
             "asks for a loss on its router (output_router_logits in config.json), which is not computed here: set it "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from launcher import base_model, plan
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
+from tests.trainer.conftest import tiny_base, tiny_tokenizer  # noqa: F401 - fixtures
 
 LORA = {"method": "lora"}
 
@@ -73,3 +75,16 @@ def test_nothing_is_rehearsed_where_no_stage_needs_it(folder: Path, tmp_path: Pa
 def test_a_base_that_can_not_be_loaded_is_refused_before_a_run_starts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer could be loaded from .*/base(.|\n)*nothing was started"):
         base_model.rehearse(make(folder), tmp_path / "run", ["prepare", "train"])
+
+
+@pytest.mark.slow  # loads transformers twice
+def test_what_export_will_fix_is_told_before_a_run_starts(tiny_base: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    config = make(folder)
+    assert base_model.rehearse(config, tmp_path / "run", ["train"]) == [
+        "export: generation_config.json: do_sample is set to true, as temperature (0.6) can have an effect only then"
+    ]
+    set_config(folder, num_hidden_layers=3)
+    with pytest.raises(ConfigError, match="has no weights for model.layers.2.input_layernorm.weight"):
+        base_model.rehearse(config, tmp_path / "run", ["export"])

@@ -48,6 +48,7 @@ def test_a_sound_folder_has_no_problem(folder):
         ({"quantization_config": {"quant_method": "fp8"}}, "weights are quantized already (fp8;"),
         ({"text_config": {"model_type": "x"}, "vision_config": {"a": 1}}, "more than text (text_config, vision_config"),
         ({"is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"lm_head_multiplier": 0.04}, "scales its scores (lm_head_multiplier"),
         ({"output_router_logits": True}, "asks for a loss on its router"),
         ({"model_type": None}, "names no model_type"),
     ],
