@@ -86,5 +86,5 @@ def test_what_export_will_fix_is_told_before_a_run_starts(tiny_base: Path, tmp_p
         "export: generation_config.json: do_sample is set to true, as temperature (0.6) can have an effect only then"
     ]
     set_config(folder, num_hidden_layers=3)
-    with pytest.raises(ConfigError, match="has no weights for model.layers.2.input_layernorm.weight"):
+    with pytest.raises(ConfigError, match=r"has no weights for model\.layers\.2\.input_layernorm\.weight"):
         base_model.rehearse(config, tmp_path / "run", ["export"])
