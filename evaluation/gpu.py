@@ -1,8 +1,8 @@
-"""Waiting until the GPUs that this process was given are free, and who holds them.
+"""The GPUs that CUDA gives this process, and waiting until they are free.
 
 A process that has ended may still hold its GPU's memory for seconds, and vLLM refuses to start where less of the whole
-GPU is free than its share. The driver's library (NVML) is asked, which makes no CUDA context. Without the package
-nvidia-ml-py, which vLLM brings on CUDA, or without a driver, there is nothing to wait for.
+GPU is free than its share. The driver's library (NVML) is asked, which makes no CUDA context and is there under WSL2
+and in containers too. Without a driver there is no GPU, and nothing to wait for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pynvml
 
 from evaluation.errors import EvaluationError
 
@@ -35,21 +38,17 @@ def wait_until_free(
         key: The setting that says so, for the message.
         device: Which of this process's GPUs, where it uses one of several; None is all of them.
         wait_s: Longest wait, in seconds.
-        nvml: The driver's library; None loads it.
+        nvml: The binding of the driver's library; None is pynvml.
         sleep: Waits.
 
     Raises:
         EvaluationError: A GPU is still held after that: how much is free, and by which processes.
     """
-    nvml = nvml or _driver()
-    if nvml is None:
-        return
-    nvml.nvmlInit()
-    try:
-        waited = 0.0
-        visible = list(_visible(nvml))
+    with driver(nvml or pynvml) as found:
+        visible = list(visible_devices(found)) if found else []
         used = visible if device is None else visible[device : device + 1]
-        while held := [words for handle in used if (words := _held(nvml, handle, share))]:
+        waited = 0.0
+        while held := [words for handle in used if (words := _held(found, handle, share))]:
             if waited >= wait_s:
                 raise EvaluationError(
                     f"{'; '.join(held)}. {key} = {share:g} was waited for for {wait_s:g} s: end these processes, or "
@@ -57,34 +56,54 @@ def wait_until_free(
                 )
             sleep(_LOOK_S)
             waited += _LOOK_S
+
+
+@contextmanager
+def driver(nvml: Any = pynvml) -> Iterator[Any]:  # noqa: ANN401 - a module
+    """Open the driver's library.
+
+    Args:
+        nvml: Its binding, or a stand-in.
+
+    Yields:
+        The binding; None where there is no driver.
+    """
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        yield None
+        return
+    try:
+        yield nvml
     finally:
         nvml.nvmlShutdown()
 
 
-def _driver() -> Any:  # noqa: ANN401 - a module
-    """NVML's binding where both it and a driver are there."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    pynvml.nvmlShutdown()
-    return pynvml
+def visible_devices(nvml: Any) -> Iterator[Any]:  # noqa: ANN401
+    """The devices that CUDA gives this process: all, or those that CUDA_VISIBLE_DEVICES names.
 
+    As CUDA reads it: indices or the beginnings of UUIDs, up to the first word that names no device or one again.
 
-def _visible(nvml: Any) -> Iterator[Any]:  # noqa: ANN401
-    """The devices that CUDA gives this process: all, or those of CUDA_VISIBLE_DEVICES up to the first that is none."""
+    Args:
+        nvml: The open binding.
+
+    Yields:
+        A handle for each.
+    """
     words = os.environ.get("CUDA_VISIBLE_DEVICES")
     if words is None:
         words = ",".join(str(index) for index in range(nvml.nvmlDeviceGetCount()))
+    seen = set()
     for word in words.split(","):
         try:
-            yield _device(nvml, word.strip())
+            device = _device(nvml, word.strip())
+            uuid = text_of(nvml.nvmlDeviceGetUUID(device))
         except (nvml.NVMLError, LookupError):
             return
+        if uuid in seen:
+            return
+        seen.add(uuid)
+        yield device
 
 
 def _device(nvml: Any, word: str) -> Any:  # noqa: ANN401
@@ -98,7 +117,7 @@ def _device(nvml: Any, word: str) -> Any:  # noqa: ANN401
         gpu = gpus[int(word)]
         return next(_instances(nvml, gpu), gpu)
     devices = [*gpus, *(instance for gpu in gpus for instance in _instances(nvml, gpu))]
-    named = [device for device in devices if word and _text(nvml.nvmlDeviceGetUUID(device)).startswith(word)]
+    named = [device for device in devices if word and text_of(nvml.nvmlDeviceGetUUID(device)).startswith(word)]
     return named[0]
 
 
@@ -120,7 +139,7 @@ def _held(nvml: Any, device: Any, share: float) -> str | None:  # noqa: ANN401
     if memory.free >= share * memory.total:
         return None
     holders = ", ".join(_holders(nvml, device)) or "no process that is visible from here"
-    name = f"{_text(nvml.nvmlDeviceGetName(device))} ({_text(nvml.nvmlDeviceGetUUID(device))})"
+    name = f"{text_of(nvml.nvmlDeviceGetName(device))} ({text_of(nvml.nvmlDeviceGetUUID(device))})"
     return f"{name} has {memory.free // _MIB:,} of {memory.total // _MIB:,} MiB free, held by {holders}"
 
 
@@ -131,12 +150,13 @@ def _holders(nvml: Any, device: Any) -> Iterator[str]:  # noqa: ANN401
         return
     for process in processes:
         try:
-            name = _text(nvml.nvmlSystemGetProcessName(process.pid))
+            name = text_of(nvml.nvmlSystemGetProcessName(process.pid))
         except nvml.NVMLError:  # of another user, or it has just ended
             name = "name unknown"
         used = "unknown" if process.usedGpuMemory is None else f"{process.usedGpuMemory // _MIB:,} MiB"
         yield f"process {process.pid} ({name}, {used})"
 
 
-def _text(value: str | bytes) -> str:
+def text_of(value: str | bytes) -> str:
+    """A text of NVML, which some versions of the binding give as bytes."""
     return value.decode() if isinstance(value, bytes) else value

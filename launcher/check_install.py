@@ -8,13 +8,14 @@ device; 3, all can be imported and torch sees no GPU: a login node, or a driver 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from evaluation import gpu
 
 NEEDED = (
     "torch",
@@ -143,17 +144,10 @@ def look() -> Machine:
 
 def _driver() -> tuple[str | None, int | None]:
     """The driver's version and its number of GPUs, from its own library (NVML), which needs no GPU to answer."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None, None
-    if nvml.nvmlInit_v2():
-        return None, None
-    text, count = ctypes.create_string_buffer(96), ctypes.c_uint(0)
-    version = None if nvml.nvmlSystemGetDriverVersion(text, ctypes.c_uint(96)) else text.value.decode()
-    num_gpus = None if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) else int(count.value)
-    nvml.nvmlShutdown()
-    return version, num_gpus
+    with gpu.driver() as nvml:
+        if nvml is None:
+            return None, None
+        return gpu.text_of(nvml.nvmlSystemGetDriverVersion()), int(nvml.nvmlDeviceGetCount())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,20 +1,19 @@
 """The NVIDIA GPUs that a process here may use, as the driver and CUDA_VISIBLE_DEVICES name them; and the usual cards.
 
-NVML, the driver's own library, lists the GPUs for Ray as well (ray._private.accelerators.nvidia_gpu); it is there
-under WSL2 and in containers, where /proc/driver/nvidia is not. It is called through ctypes, since no package that
-the launcher may import brings a binding.
+NVML, the driver's own library, lists the GPUs for Ray as well (ray._private.accelerators.nvidia_gpu).
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from evaluation.gpu import driver, text_of, visible_devices
 
 MIB = 2**20
-_TEXT_BYTES = 96  # NVML's longest name and UUID
+Known = TypeVar("Known")
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,14 @@ class Gpu:
     Attributes:
         name: The driver's name, such as NVIDIA H100 80GB HBM3.
         uuid: GPU-... or MIG-...
-        memory: Bytes, as nvidia-smi reports them.
+        memory: Bytes, as nvidia-smi reports them; 0 where the driver does not give it.
         capability: Compute capability, such as (9, 0); None where the driver does not give it.
-        instances: Its MIG instances; empty where it is not cut.
     """
 
     name: str
     uuid: str
     memory: int
     capability: tuple[int, int] | None = None
-    instances: tuple[Gpu, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,107 +94,23 @@ def card_of(words: str) -> Card | None:
     return next((card for card in CARDS if re.search(rf"(?<![a-z0-9])({card.words})", text)), None)
 
 
-def visible_gpus(environment: Mapping[str, str] | None = None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA gives a process that starts here.
-
-    Args:
-        environment: The process's variables; None takes this process's own.
-
-    Returns:
-        One entry for each device of that process; none where there is no driver.
-    """
-    return chosen(_driver_gpus(), (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES"))
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that CUDA gives a process that starts here; none where there is no driver."""
+    with driver() as nvml:
+        return tuple(_gpu(nvml, device) for device in visible_devices(nvml)) if nvml else ()
 
 
-def chosen(gpus: Sequence[Gpu], visible: str | None) -> tuple[Gpu, ...]:
-    """Which of the driver's GPUs CUDA_VISIBLE_DEVICES leaves. Pure.
+def _gpu(nvml: Any, device: Any) -> Gpu:  # noqa: ANN401 - pynvml, and its handle
+    def known(ask: Callable[[Any], Known]) -> Known | None:
+        try:
+            return ask(device)
+        except nvml.NVMLError:  # not on every kind of GPU
+            return None
 
-    As CUDA reads it: indices or the beginnings of UUIDs, up to the first word that names no device; a GPU that is cut
-    into instances gives its first one where an index names it. Indices count in the driver's order, as under
-    CUDA_DEVICE_ORDER=PCI_BUS_ID, which matters only where a machine has several kinds of GPU.
-
-    >>> two = (Gpu("A", "GPU-aa", 1), Gpu("B", "GPU-bb", 2))
-    >>> [[gpu.name for gpu in chosen(two, visible)] for visible in (None, "", "-1", "1", "1,0", "GPU-b", "0,7,1")]
-    [['A', 'B'], [], [], ['B'], ['B', 'A'], ['B'], ['A']]
-
-    Args:
-        gpus: The driver's, in its order.
-        visible: The variable's value; None where it is not set.
-
-    Returns:
-        The devices.
-    """
-    usable = [gpu.instances[0] if gpu.instances else gpu for gpu in gpus]
-    if visible is None:
-        return tuple(usable)
-    by_uuid = [*gpus, *(instance for gpu in gpus for instance in gpu.instances)]
-    found: list[Gpu] = []
-    for word in (part.strip() for part in visible.split(",")):
-        if word.isdecimal():
-            named = usable[int(word)] if int(word) < len(usable) else None
-        else:
-            named = next((gpu for gpu in by_uuid if word and gpu.uuid.startswith(word)), None)
-        if named is None or named in found:
-            break
-        found.append(named)
-    return tuple(found)
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
-
-
-def _driver_gpus() -> tuple[Gpu, ...]:
-    """All GPUs that the driver lists; none without a driver, or where it can't be asked."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return ()
-    if nvml.nvmlInit_v2():
-        return ()
-    try:
-        count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-            return ()
-        return tuple(
-            _gpu(nvml, handle, instances=True)
-            for index in range(count.value)
-            if (handle := _handle(nvml.nvmlDeviceGetHandleByIndex_v2, ctypes.c_uint(index))) is not None
-        )
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _gpu(nvml: ctypes.CDLL, handle: ctypes.c_void_p, *, instances: bool) -> Gpu:
-    memory, major, minor = _Memory(), ctypes.c_int(), ctypes.c_int()
-    nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-    unknown = nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    memory = known(nvml.nvmlDeviceGetMemoryInfo)
     return Gpu(
-        name=_text(nvml.nvmlDeviceGetName, handle),
-        uuid=_text(nvml.nvmlDeviceGetUUID, handle),
-        memory=memory.total,
-        capability=None if unknown else (major.value, minor.value),
-        instances=tuple(_gpu(nvml, cut, instances=False) for cut in _instances(nvml, handle)) if instances else (),
+        name=text_of(nvml.nvmlDeviceGetName(device)),
+        uuid=text_of(nvml.nvmlDeviceGetUUID(device)),
+        memory=int(memory.total) if memory else 0,
+        capability=known(nvml.nvmlDeviceGetCudaComputeCapability),
     )
-
-
-def _instances(nvml: ctypes.CDLL, handle: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
-    current, pending, count = ctypes.c_uint(), ctypes.c_uint(), ctypes.c_uint()
-    if nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(current), ctypes.byref(pending)) or not current.value:
-        return
-    if nvml.nvmlDeviceGetMaxMigDeviceCount(handle, ctypes.byref(count)):
-        return
-    for index in range(count.value):
-        instance = _handle(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, ctypes.c_uint(index))
-        if instance is not None:
-            yield instance
-
-
-def _handle(function: ctypes._FuncPointer, *arguments: object) -> ctypes.c_void_p | None:
-    handle = ctypes.c_void_p()
-    return None if function(*arguments, ctypes.byref(handle)) else handle
-
-
-def _text(function: ctypes._FuncPointer, handle: ctypes.c_void_p) -> str:
-    text = ctypes.create_string_buffer(_TEXT_BYTES)
-    return "" if function(handle, text, ctypes.c_uint(_TEXT_BYTES)) else text.value.decode(errors="replace")

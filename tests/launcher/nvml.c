@@ -8,7 +8,8 @@ typedef struct { char name[96], uuid[96]; unsigned long long bytes; int major, m
 static device devices[64];
 static int count;
 
-int nvmlInit_v2(void) {
+int nvmlInitWithFlags(unsigned flags) {
+  (void)flags;
   FILE *file = fopen(getenv("STAND_IN_GPUS") ? getenv("STAND_IN_GPUS") : "", "r");
   char line[512];
   int whole = -1;
@@ -50,11 +51,8 @@ int nvmlDeviceGetCudaComputeCapability(void *d, int *major, int *minor) {
   *minor = ((device *)d)->minor;
   return 0;
 }
-int nvmlDeviceGetMigMode(void *d, unsigned *current, unsigned *pending) {
-  *current = *pending = children(index_of(d)) > 0;
-  return 0;
-}
 int nvmlDeviceGetMaxMigDeviceCount(void *d, unsigned *number) { (void)d; *number = 7; return 0; }
 int nvmlDeviceGetMigDeviceHandleByIndex(void *d, unsigned n, void **handle) { return nth(index_of(d), n, handle); }
-/* What Ray's binding looks up besides. */
+/* What Ray's binding, an older one, looks up besides. */
+int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 int nvmlDeviceGetCount(unsigned *number) { return nvmlDeviceGetCount_v2(number); }

@@ -119,10 +119,10 @@ def test_bf16_on_cards_that_lack_it_is_refused_before_anything_starts(
         Gpu("card", uuid, 16 * 2**30, capability) for uuid, capability in (("GPU-a", (7, 0)), ("GPU-b", (8, 0)))
     )
     for gpus, refused in (((old,), True), ((old, new), False), ((new,), False)):
-        monkeypatch.setattr("launcher.gpus._driver_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr("launcher.ray_cluster.visible_gpus", lambda gpus=gpus: gpus)
         found = plan.problems(make(tmp_path), ["train"])
         assert any("training.precision: bf16 needs GPUs of compute capability 8.0" in line for line in found) is refused
-    monkeypatch.setattr("launcher.gpus._driver_gpus", lambda: (old,))
+    monkeypatch.setattr("launcher.ray_cluster.visible_gpus", lambda: (old,))
     assert plan.problems(make(tmp_path, training={"precision": "fp16"}), ["train"]) == []
 
 
