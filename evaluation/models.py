@@ -57,8 +57,8 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         EvaluationError: The folder is missing, or holds no model.
     """
     try:
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision)
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{source.path}: no model can be read from there ({error})") from error
     stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
@@ -106,7 +106,7 @@ def render_as_chat(prompts: Sequence[Prompt], source: ModelSource) -> list[Promp
     Raises:
         EvaluationError: The model has no chat template, or it refuses the messages.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise EvaluationError(f"{source.path} has no chat template; set prompt: trained for this model")
     rendered = []
