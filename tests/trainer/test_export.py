@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_each_use_of_the_device_is_a_process_of_its_own(run):
     counts = export(config, run_dir, DeviceUse(claim=lambda: uses.append(psutil.Process().children()), apart=True))
     assert uses == [[], []]  # each is claimed when the process before it is gone
     assert counts == export(config, run_dir)
+
+
+def test_all_files_of_an_export_follow_the_umask(run):
+    config, run_dir, weights = run
+    write_checkpoint(run_dir, weights, step=1)
+    before = os.umask(0o027)
+    try:
+        export(config, run_dir)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (run_dir / "model").iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

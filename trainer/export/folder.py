@@ -140,6 +140,9 @@ def write_files(
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel):
         causal_lm(model).generation_config.save_pretrained(folder)
+    # safetensors 0.8 makes its files readable by their owner alone; those beside them follow the umask.
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "tokenizer_config.json").stat().st_mode)
 
 
 def check_settings(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
