@@ -359,6 +359,49 @@ def gpus_of_ray(slurm: Any, host: int) -> tuple[str | None, str | None]:
     return None, None
 
 
+# In place of Python on the nodes: says what Slurm gave each step and what Ray would hand out of it, and starts neither
+# Ray nor the run.
+PROBE = """#!/bin/bash
+given() {{ "{python}" -c '
+import os
+from launcher.submit.node import resources
+print(os.environ["SLURMD_NODENAME"], os.environ.get("CUDA_VISIBLE_DEVICES"), *resources(os.environ))'; }}
+if [ "$2" = launcher ]; then given >"{folder}/run"; exit 0; fi
+given >"{folder}/$SLURMD_NODENAME"
+trap 'exit 0' USR2
+[ "$4/$SLURMD_NODENAME" != "$4/$6" ] || echo 10.0.0.1:7000 >"$4/address"
+while :; do sleep 0.1 & wait $!; done
+"""
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("asked", "tres"), [({"gpus_per_node": 2}, "gres:gpu:2"), ({"gres": "gpu:fake:2"}, "gres:gpu:fake:2")]
+)
+def test_slurm_grants_the_gpus_and_cpus_of_a_run(
+    asked: dict[str, Any], tres: str, slurm: Any, submitting: Path, repository: Path
+) -> None:
+    probe, given = submitting / "probe", submitting / "given"
+    given.mkdir()
+    probe.write_text(PROBE.format(python=sys.executable, folder=str(given).replace("$", "\\$")))
+    probe.chmod(0o755)
+    training = {"num_workers": 4, "global_batch_size": 8, "precision": "bf16"}
+    config = configure(submitting, repository, training=training, python=str(probe), **asked)
+    own = ["--set", "cluster.device=cuda", "--set", "cluster.slurm.cpus_per_node=null"]
+    submitted = launcher("submit", "slurm", config, *own, cwd=submitting, timeout=150)
+    run = submitting / "small"
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr + log_of(run)
+    # Four workers on two nodes: two GPUs of each, and CPUs for an engine's three processes.
+    assert "job: asks for 2 nodes with 2 GPUs and 3 CPUs each" in submitted.stderr
+    (job,) = jobs_of(run)
+    shown = slurm.command("scontrol", "show", "job", job)
+    assert f"TresPerNode={tres}\n" in shown
+    assert "NumNodes=2 NumCPUs=6 NumTasks=2 CPUs/Task=3" in shown
+    # Both steps on the first node see what the job was given, and Ray would hand out all of it.
+    found = {path.name: path.read_text().split()[1:] for path in given.iterdir()}
+    assert found == {step: ["0,1", "3", "2"] for step in ("n1", "n2", "run")}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_slurm_grants_what_two_nodes_were_asked_for(slurm: Any, submitting: Path, repository: Path) -> None:
