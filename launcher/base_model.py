@@ -37,7 +37,8 @@ def problems(config: RunConfig, stages: Sequence[Stage], *, on_gpu: bool) -> lis
         return []
     served = "generate" in stages or ("export" in stages and config.export.vllm_prompts > 0)
     cached = not Path(str(name)).is_dir()
-    found = base_problems(folder, config.tuning, config.export, served=served, on_gpu=on_gpu, cached=cached)
+    where = {"served": served, "on_gpu": on_gpu, "cached": cached}
+    found = base_problems(folder, config.tuning, config.export, stage=config.deepspeed.stage, **where)
     return [f"model.name_or_path = {name}: {problem}" for problem in found]
 
 

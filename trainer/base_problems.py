@@ -29,7 +29,14 @@ _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
 def base_problems(
-    folder: Path, tuning: TuningConfig, export: ExportConfig, *, served: bool, on_gpu: bool, cached: bool = False
+    folder: Path,
+    tuning: TuningConfig,
+    export: ExportConfig,
+    *,
+    served: bool,
+    on_gpu: bool,
+    stage: int = 2,
+    cached: bool = False,
 ) -> list[str]:
     """Why a base model can't be tuned, or what comes out of it can't be exported.
 
@@ -39,6 +46,7 @@ def base_problems(
         export: The export section.
         served: Whether vLLM is to serve the tuned model.
         on_gpu: Whether vLLM runs on GPUs.
+        stage: ZeRO stage of the training.
         cached: Whether it is the hub's cache, where weights that are missing will be downloaded.
 
     Returns:
@@ -56,6 +64,11 @@ def base_problems(
     config = contents.get("config.json")
     if config is not None:
         problems += _config_problems(config)
+        if stage == 3 and _has_experts(config):
+            problems.append(
+                "is a mixture of experts, whose steps were not compared under deepspeed.stage 3: use stage 2, with "
+                "the optimizer in host memory where it needs room (deepspeed.offload_optimizer: cpu)"
+            )
         problems += _serving_problems(config, tuning, export, on_gpu=on_gpu) if served else []
     return problems if cached else problems + _weights_problems(folder)
 
@@ -141,7 +154,7 @@ def _serving_problems(config: dict[str, Any], tuning: TuningConfig, export: Expo
     architecture = next(iter(config.get("architectures") or []), "")
     if architecture in WITHOUT_ADAPTERS:
         return [f"vLLM serves no adapters beside {architecture}: {way_out}"]
-    if not any((config.get(name) or 0) > 1 for name in _EXPERT_KEYS):
+    if not _has_experts(config):
         return []
     if not on_gpu:
         return [f"vLLM serves adapters beside a mixture of experts on GPUs only: {way_out}"]
@@ -149,6 +162,10 @@ def _serving_problems(config: dict[str, Any], tuning: TuningConfig, export: Expo
         attention = ", ".join(sorted(_ATTENTION))
         return [f"vLLM may leave out adapters on experts: set tuning.targets to [{attention}], or {way_out}"]
     return []
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    return any((config.get(name) or 0) > 1 for name in _EXPERT_KEYS)
 
 
 def _weights_problems(folder: Path) -> list[str]:
