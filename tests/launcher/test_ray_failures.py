@@ -99,9 +99,13 @@ def test_a_worker_killed_in_a_step_is_replaced_and_the_run_goes_on_by_itself(who
     assert_same_run(run_dir, whole)
 
 
-def test_memory_that_does_not_suffice_ends_the_run_at_once(whole: Path, tmp_path: Path) -> None:
+def test_memory_that_does_not_suffice_ends_the_run_at_once(
+    tmp_path: Path,
+    tiny_base: Path,  # noqa: F811
+    local_ray: object,
+) -> None:
     """A real allocation fails in the workers: a bucket of gradients larger than a process's address space."""
-    run_dir = fresh_copy(whole, tmp_path / "run")
+    run_dir = write_run(tmp_path / "run", tiny_base)
     set_options(run_dir, "deepspeed", bucket_elements=5 * 10**13)
     told: list[str] = []
     config = load_trainer_config(run_dir / "config.yaml")
