@@ -1,5 +1,14 @@
 """Whether vLLM computes the model that transformers computes: another model is told from another rounding.
 
+Kernels round differently, so single log-probabilities differ, in bf16 by half a nat. How far rounding goes depends on
+the model, so it is measured each time: transformers scores vLLM's answers in the export's number format and in fp32,
+and these two differ by rounding alone. vLLM may be twice as far from fp32 on average. No limit is set on the largest
+difference. Settings, adapted modules, tokenizer and stop tokens are compared as they are: some faults move the numbers
+less than rounding does.
+
+Measured on SmolLM2-135M-Instruct on a CPU by tests/benchmarks/export_check.py, over 72 tokens with the five likeliest
+of each (an export compares 256), in nats:
+
 TABLE
 """
 
@@ -44,9 +53,8 @@ class Limits:
 
 
 LIMITS = {
-    "fp32": Limits(mean=1.5, far=8.0, far_share=0.02, gap=20.0, least=1e-3),
-    "fp16": Limits(mean=1.5, far=8.0, far_share=0.02, gap=20.0, least=1e-3),
-    "bf16": Limits(mean=1.5, far=8.0, far_share=0.02, gap=20.0, least=5e-3),
+    precision: Limits(mean=2.0, far=8.0, far_share=0.02, gap=20.0, least=least)
+    for precision, least in (("fp32", 1e-3), ("fp16", 1e-3), ("bf16", 5e-3))
 }
 
 
