@@ -439,9 +439,13 @@ def another_epsilon(folder):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        pytest.param(another_rope, r"rope_parameters is .*3\.0.* on average \(limit", marks=pytest.mark.slow),
-        pytest.param(swapped_layers, r"transformers does: log-probabilities differ .* on average \(limit"),
-        pytest.param(another_epsilon, r"rms_norm_eps is 1e-06 and 2e-06", marks=pytest.mark.slow),
+        pytest.param(
+            another_rope, r"rope_parameters is .*3\.0.* on average \(limit", marks=pytest.mark.slow, id="another rope"
+        ),
+        pytest.param(
+            swapped_layers, r"transformers does: log-probabilities differ .* on average \(limit", id="swapped layers"
+        ),
+        pytest.param(another_epsilon, r"rms_norm_eps is 1e-06 and 2e-06", marks=pytest.mark.slow, id="another epsilon"),
     ],
 )
 def test_another_model_in_vllm_is_refused(tmp_path, servable_base, tiny_tokenizer, monkeypatch, spoil, words):

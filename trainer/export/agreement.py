@@ -1,6 +1,29 @@
 """Whether vLLM computes the model that transformers computes: another model is told from another rounding.
 
-TABLE
+Kernels round differently, so single log-probabilities differ, in bf16 by half a nat. How far rounding goes depends on
+the model, so it is measured each time: transformers scores vLLM's answers in the export's number format and in fp32,
+and these two differ by rounding alone. vLLM may be twice as far from fp32 on average. No limit is set on the largest
+difference. Settings, adapted modules, tokenizer and stop tokens are compared as they are: some faults move the numbers
+less than rounding does.
+
+Measured on SmolLM2-135M-Instruct on a CPU by tests/benchmarks/export_check.py, over 72 tokens with the five likeliest
+of each (an export compares 256), in nats:
+
+                                          vLLM   own    ratio      far    largest  refused by
+    bf16, 7 honest, the farthest of each  0.075  0.078  0.85..1.08    0%    0.42   -
+    fp16, 2 honest (full)                 0.008  0.008  1.00          0%    0.04   -
+    two heads of one layer swapped        0.187  0.060  3.1         9.2%    1.3    mean, share
+    biases of one layer lost              0.342  0.100  3.4         5.8%    3.6    mean, share
+    attention scale * 0.9                 0.215  0.058  3.7        10.8%    1.4    mean, share
+    rope theta / 10                       0.385  0.061  6.3        29.7%    3.0    mean, share, settings
+    tied head lost, the base's instead    0.493  0.066  7.5        40.0%    1.6    mean, share, settings
+    the untuned base instead              0.651  0.051  12.9       51.7%    5.8    mean, share, gap
+    prompt without its last 4 tokens      0.989  0.069  14.3       39.7%    7.7    mean, share, gap
+    sliding window ignored                3.821  0.244  15.6       65.0%   18.0    mean, share, gap, settings
+    adapter's alpha / 2                   1.074  0.067  16.0       56.7%    7.7    mean, share, gap
+    two neighbouring layers swapped       1.523  0.062  24.8       73.6%    7.3    mean, share, gap
+    norm epsilon 1e-6 instead of 1e-5     0.063  0.057  1.1           0%    0.30   settings alone
+    adapter missing on one module         by name, whatever its size (test_export.py)
 """
 
 from __future__ import annotations
@@ -44,9 +67,8 @@ class Limits:
 
 
 LIMITS = {
-    "fp32": Limits(mean=1.5, far=8.0, far_share=0.02, gap=20.0, least=1e-3),
-    "fp16": Limits(mean=1.5, far=8.0, far_share=0.02, gap=20.0, least=1e-3),
-    "bf16": Limits(mean=1.5, far=8.0, far_share=0.02, gap=20.0, least=5e-3),
+    precision: Limits(mean=2.0, far=8.0, far_share=0.02, gap=20.0, least=least)
+    for precision, least in (("fp32", 1e-3), ("fp16", 1e-3), ("bf16", 5e-3))
 }
 
 

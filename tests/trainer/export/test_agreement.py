@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,20 @@ def test_numbers_that_are_not_finite_are_refused(tiny_tokenizer):
     assert any("nan" in words and "prompt 0, token 0" in words for words in numbers["disagreements"])
     assert numbers["mean_difference"] is None
     json.dumps(numbers, allow_nan=False)
+
+
+RECORDED = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_a_pretrained_model_gave_is_decided_right(name):
+    """Recorded by tests/benchmarks/export_check.py: of each place the gap, vLLM's five differences and the five own."""
+    precision, is_honest = RECORDED[name]["precision"], RECORDED[name]["honest"]
+    places = [Place(0, 0, 0, 0, gap, sides[:5], sides[5:]) for gap, *sides in RECORDED[name]["places"]]
+    measured = measure(places, LIMITS[precision])
+    assert (beyond_rounding(measured) == []) is is_honest
+    if is_honest and precision == "bf16":
+        assert measured.largest_difference > 0.25  # so one token's difference can't decide
 
 
 def test_a_single_near_tie_does_not_decide():
