@@ -16,7 +16,7 @@ from launcher.placement import in_words
 from launcher.ray_cluster import Resources, misfits, resources_of, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
-from trainer.devices import card_problems, device_problems, gpu_problems
+from trainer.devices import card_problems, device_problems, gpu_problems, slow_precision
 
 # vLLM 0.32's attention on CPUs.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -80,6 +80,22 @@ def _runs_as_here(config: RunConfig) -> bool:
     return slurm is not None and slurm.container is None and slurm.python is None
 
 
+def slow_settings(config: RunConfig) -> list[str]:
+    """Settings that work here and cost far more time than another that trains the same.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        A line for each.
+    """
+    resources, _ = resources_of(config)
+    if not resources.is_here or uses_gpus(config.cluster, resources):
+        return []
+    words = slow_precision(config.training.precision)
+    return [words] if words else []
+
+
 def _engine_problems(config: RunConfig, resources: Resources, stages: Sequence[Stage], *, on_gpu: bool) -> list[str]:
     gpu_memory = memory.gpu_memory_of(config, resources)
     served, _ = served_models(config, stages, on_gpu=on_gpu, gpu_memory=gpu_memory)
@@ -136,6 +152,7 @@ def describe(
         f"judge      {config.judge.type}",
         *_resource_lines(config, resources, known),
         *_engine_lines(config, resources, run_dir, on_gpu=on_gpu),
+        *(f"slow       {words}" for words in slow_settings(config)),
     ]
     lines += text.describe(config, run_dir, on_gpu=on_gpu, tokens_per_s=tokens_per_s, price=gpu_hour_price)
     if not all(path.exists() for path in config.data.local_paths):

@@ -263,6 +263,8 @@ class _Work:
         return counts
 
     def _train(self) -> dict[str, Any]:
+        for words in plan.slow_settings(self.config):
+            self._say(words)
         use_gpu = self._ray()
         from launcher.ray_training import smaller_setting, train_on_ray
 

@@ -1,11 +1,12 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from trainer.config import DeepSpeedConfig, ModelConfig, TrainingConfig
-from trainer.devices import device_problems, is_installed, refuse_small_disk
+from trainer.devices import device_problems, is_installed, refuse_small_disk, slow_precision
 from trainer.errors import TrainerError
 
 MODEL = ModelConfig(name_or_path="owner/model")
@@ -136,3 +137,19 @@ def test_two_lines_that_come_at_every_start_are_left_out_and_others_are_not():
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stderr.splitlines() == ["a real one"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "flags", "slow"),
+    [
+        ("bf16", "fma avx avx2", True),
+        ("bf16", "avx2 avx512f avx512dq avx512bw avx512vl", False),
+        ("fp32", "fma avx avx2", False),
+        ("bf16", None, False),  # no x86, or no such table
+    ],
+)
+def test_16_bits_on_cpus_without_avx_512_are_reported(tmp_path: Path, precision: str, flags: str | None, slow: bool):
+    (tmp_path / "cpuinfo").write_text("vendor_id : x\n" + (f"flags\t\t: {flags}\n" if flags else ""))
+    words = slow_precision(precision, tmp_path / "cpuinfo")
+    assert (words is not None and "set training.precision to fp32" in words) is slow
+    assert slow_precision(precision, tmp_path / "none") is None
