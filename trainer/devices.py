@@ -88,8 +88,8 @@ def cpu_problems(model: ModelConfig, training: TrainingConfig) -> list[str]:
 def slow_precision(precision: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     """Why 16 bits are slow on this machine's CPU, in words; None where they are not, or it can't be known.
 
-    oneDNN multiplies bf16 matrices with AVX-512 (BW, VL and DQ) or better. Without it PyTorch falls back to plain loops:
-    1.2 instead of 67 GFLOP/s on one core of an AVX2 machine, measured on a product of 512 x 576 x 1536.
+    oneDNN multiplies bf16 matrices with AVX-512 (BW, VL and DQ) or better. Without it PyTorch falls back to plain
+    loops: 1.2 instead of 67 GFLOP/s on one core of an AVX2 machine, measured on a product of 512 x 576 x 1536.
 
     Args:
         precision: training.precision.
@@ -106,8 +106,8 @@ def slow_precision(precision: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str
     if precision == "fp32" or flags is None or {"avx512bw", "avx512vl", "avx512dq"} <= flags:
         return None
     return (
-        f"training.precision: {precision} is far slower than fp32 on this CPU, which has no AVX-512 (about fifty times for "
-        "large matrices): set training.precision to fp32"
+        f"training.precision: {precision} is far slower than fp32 on this CPU, which has no AVX-512 (about fifty times "
+        "for large matrices): set training.precision to fp32"
     )
 
 
