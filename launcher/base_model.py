@@ -38,7 +38,7 @@ def problems(config: RunConfig, stages: Sequence[Stage], *, on_gpu: bool) -> lis
     served = "generate" in stages or ("export" in stages and config.export.vllm_prompts > 0)
     cached = not Path(str(name)).is_dir()
     where = {"served": served, "on_gpu": on_gpu, "cached": cached}
-    found = base_problems(folder, config.tuning, config.export, stage=config.deepspeed.stage, **where)
+    found = base_problems(folder, config.tuning, config.export, **where)
     return [f"model.name_or_path = {name}: {problem}" for problem in found]
 
 

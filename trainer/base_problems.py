@@ -35,7 +35,6 @@ def base_problems(
     *,
     served: bool,
     on_gpu: bool,
-    stage: int = 2,
     cached: bool = False,
 ) -> list[str]:
     """Why a base model can't be tuned, or what comes out of it can't be exported.
@@ -46,7 +45,6 @@ def base_problems(
         export: The export section.
         served: Whether vLLM is to serve the tuned model.
         on_gpu: Whether vLLM runs on GPUs.
-        stage: ZeRO stage of the training.
         cached: Whether it is the hub's cache, where weights that are missing will be downloaded.
 
     Returns:
@@ -64,11 +62,6 @@ def base_problems(
     config = contents.get("config.json")
     if config is not None:
         problems += _config_problems(config)
-        if stage == 3 and _has_experts(config):
-            problems.append(
-                "is a mixture of experts, whose steps were not compared under deepspeed.stage 3: use stage 2, with "
-                "the optimizer in host memory where it needs room (deepspeed.offload_optimizer: cpu)"
-            )
         problems += _serving_problems(config, tuning, export, on_gpu=on_gpu) if served else []
     return problems if cached else problems + _weights_problems(folder)
 

@@ -104,13 +104,6 @@ def test_an_adapter_beside_experts_is_served_on_gpus_only(folder):
     assert found(folder, attention, on_gpu=True) == found(folder) == ""
 
 
-def test_experts_are_refused_under_zero_3(folder):
-    assert found(folder, stage=3) == ""
-    set_config(folder, num_experts=8)
-    assert "not compared under deepspeed.stage 3: use stage 2" in found(folder, stage=3)
-    assert found(folder, stage=2) == ""
-
-
 @pytest.mark.slow  # imports vLLM
 def test_the_architectures_without_adapters_are_those_of_vllm():
     from vllm.model_executor.models import supports_lora

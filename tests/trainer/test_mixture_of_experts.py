@@ -19,7 +19,7 @@ from trainer.data.shards import PackedSplit
 from trainer.model import load_base, return_the_loss
 
 CASES = [
-    {"name": f"zero-{stage}", "packing": True, "stage": stage, "training": sizes | options}
+    {"name": f"zero-{stage}", "packing": True, "stage": stage, "deepspeed": {}, "training": sizes | options}
     for stage, options in ((2, {}), (3, {}), (3, {"gradient_checkpointing": True}))
     for sizes in ({"micro_batch_size": 1, "global_batch_size": 16},)
 ]
