@@ -298,7 +298,8 @@ def _engine(question: Question, export: ExportConfig) -> dict[str, Any]:
         "disable_log_stats": True,
     }
     if not torch.cuda.is_available():
-        return engine | {"kv_cache_memory_bytes": 2**28}
+        # Room for one sequence of a model that keeps 512 KiB a token, more than any that a CPU serves in practice.
+        return engine | {"kv_cache_memory_bytes": max(2**28, engine["max_model_len"] * 2**19)}
     return engine | {
         "gpu_memory_utilization": export.gpu_memory_share,
         "tensor_parallel_size": export.tensor_parallel_size,

@@ -390,3 +390,55 @@ def test_slurm_grants_the_gpus_and_cpus_of_a_run(
     # Both steps on the first node see what the job was given, and Ray would hand out all of it.
     found = {path.name: path.read_text().split()[1:] for path in given.iterdir()}
     assert found == {step: ["0,1", "3", "2"] for step in ("n1", "n2", "run")}
+
+
+def gpus_of_ray(slurm: Any, host: int) -> tuple[str | None, str | None]:
+    """CUDA_VISIBLE_DEVICES of Ray on a host, and the GPUs that it hands out there."""
+    for process in psutil.Process(int((slurm.folder / f"n{host}/pid").read_text())).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                found = re.search(r"\bGPU,(\d+)", " ".join(process.cmdline()))
+                return process.environ().get("CUDA_VISIBLE_DEVICES"), found and found[1]
+    return None, None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_slurm_grants_what_two_nodes_were_asked_for(slurm: Any, submitting: Path, repository: Path) -> None:
+    training = {"num_workers": 4, "global_batch_size": 8, "precision": "bf16", "max_failures": 0}
+    config = configure(submitting, repository, training=training)
+    on_gpus = ["--set", "cluster.device=cuda", "--set", "cluster.slurm.cpus_per_node=null"]
+    run = submitting / "small"
+    idle = launcher("submit", "slurm", config, *on_gpus, "--set", "training.num_workers=2", cwd=submitting)
+    assert idle.returncode == 2
+    assert "training.num_workers = 2 keeps 1 of 2 nodes busy" in idle.stderr
+    assert not run.exists()
+
+    # Four workers over two nodes: two GPUs of each, and CPUs for two workers or for an engine's three processes.
+    own = [*on_gpus, "--set", "cluster.slurm.gpus_per_node=2"]
+    submitted = launcher("submit", "slurm", config, *own, "--detach", cwd=submitting)
+    assert submitted.returncode == 0, submitted.stderr
+    assert "job: asks for 2 nodes with 2 GPUs and 3 CPUs each" in submitted.stderr
+    (job,) = jobs_of(run)
+    until(lambda: all(gpus_of_ray(slurm, host)[1] for host in (1, 2)), 120, lambda: log_of(run))
+    shown = slurm.command("scontrol", "show", "job", "--details", job)
+    assert "TresPerNode=gres:gpu:2" in shown
+    assert re.findall(r" GRES=(\S+)", shown) == ["gpu:fake:2(IDX:0-1)"], shown  # of both nodes: they are alike
+    assert "Nodes=n[1-2]" in shown
+    assert "NumCPUs=6" in shown
+    assert [gpus_of_ray(slurm, host) for host in (1, 2)] == [("0,1", "2"), ("0,1", "2")]
+
+    assert launcher("cancel", run, cwd=submitting, timeout=150).returncode == 0  # what follows needs real GPUs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_a_run_on_cpus_leaves_granted_gpus_alone(slurm: Any, submitting: Path, repository: Path) -> None:
+    config = configure(submitting, repository, gres="gpu:fake:1")
+    run = submitting / "small"
+    assert launcher("submit", "slurm", config, "--detach", cwd=submitting).returncode == 0
+    (job,) = jobs_of(run)
+    followed = launcher("logs", run, "--follow", cwd=submitting, timeout=600)
+    assert followed.returncode == 0, log_of(run)
+    assert "TresPerNode=gres:gpu:fake:1" in slurm.command("scontrol", "show", "job", job)
+    assert (run / "report.html").is_file()
