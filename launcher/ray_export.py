@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.beside import beside_main
 from launcher.errors import LauncherError
 from launcher.placement import Group, Node, problem_of
 from launcher.ray_cluster import cluster_resources
@@ -69,8 +70,7 @@ def export_on_ray(config: TrainerConfig, run_dir: Path, *, use_gpu: bool) -> dic
     task: Any = ray.remote(**options)(_export)
     reference = task.remote(found_by_workers(config).model_dump(mode="json"), str(run_dir.resolve()))
     try:
-        counts: dict[str, Any] = ray.get(reference)
-        return counts
+        return dict(beside_main(lambda: ray.get(reference)))
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:

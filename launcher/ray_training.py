@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import trainer.errors
 from evaluation.errors import EvaluationError
+from launcher.beside import beside_main
 from launcher.config import RunConfig
 from launcher.errors import LauncherError, Preempted
 from launcher.estimate import memory
@@ -347,22 +347,7 @@ def _trainer(config: TrainerConfig, run_dir: Path, storage: Path, *, use_gpu: bo
 
 def _watch(trainer: DataParallelTrainer, tick: Callable[[], None]) -> dict[str, Any]:
     """Run fit() beside this thread: in the main thread it would take over Ctrl-C and swallow it."""
-    outcome: list[dict[str, Any] | BaseException] = []
-
-    def fit() -> None:
-        try:
-            outcome.append(trainer.fit().return_value)  # type: ignore[attr-defined]
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, which raises it
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        tick()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    return dict(beside_main(lambda: trainer.fit().return_value, tick))  # type: ignore[attr-defined]
 
 
 def _one_worker(arguments: dict[str, Any]) -> dict[str, Any]:
