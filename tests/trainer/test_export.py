@@ -107,8 +107,12 @@ def test_what_is_exported_is_what_was_trained(run):
 def test_each_use_of_the_device_is_a_process_of_its_own(run):
     config, run_dir, weights = run
     write_checkpoint(run_dir, weights, step=12)
-    uses = []
-    counts = export(config, run_dir, DeviceUse(claim=lambda: uses.append(psutil.Process().children()), apart=True))
+    before, uses = psutil.Process().children(), []  # an earlier test may have left a resource tracker
+
+    def claim():
+        uses.append([child for child in psutil.Process().children() if child not in before])
+
+    counts = export(config, run_dir, DeviceUse(claim=claim, apart=True))
     assert uses == [[], []]  # each is claimed when the process before it is gone
     assert counts == export(config, run_dir)
 
