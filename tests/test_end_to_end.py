@@ -130,7 +130,7 @@ def test_it_ends_with_the_report_and_one_line(finished: tuple[Path, str, str]) -
 
 
 def test_the_launcher_loads_nothing_that_takes_a_gpu(finished: tuple[Path, str, str]) -> None:
-    assert finished[2].splitlines()[-1] == "loaded: "
+    assert finished[2].splitlines()[-1] == "loaded:"
 
 
 def test_training_learned_from_every_row(finished: tuple[Path, str, str]) -> None:
