@@ -17,7 +17,7 @@ class Engine(vLLMEngineStageUDF):
 
     Args:
         settings: What decides whether it fits; for messages.
-        arguments: Of Ray Data's own.
+        **arguments: Of Ray Data's own.
 
     Raises:
         EvaluationError: Its GPUs did not become free, or it did not start, with its last words.

@@ -85,11 +85,7 @@ def missing_weights(folder: Path) -> list[str]:
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file.
-
-    Raises:
-        ValueError: It holds something else.
-    """
+    """The object in a JSON file; None where there is no such file. Other content raises ValueError."""
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))

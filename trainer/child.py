@@ -45,7 +45,7 @@ def run_in_child(
 
     Args:
         function: "module:name".
-        arguments: Can be pickled.
+        *arguments: Can be pickled.
         environment: Variables on top of this process's.
         log: File for what the child prints; None prints it where this process prints.
         timeout_s: Longest wait; None waits for ever.

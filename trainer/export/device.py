@@ -39,7 +39,7 @@ class DeviceUse:
 
         Args:
             function: Of a module.
-            arguments: Can be pickled.
+            *arguments: Can be pickled.
 
         Returns:
             What it returns.
