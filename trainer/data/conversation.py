@@ -22,6 +22,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     split: str | None = None
     """Which split the row says it belongs to, where the configuration asks a column."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template that the row gives, such as enable_thinking."""
 
 
 class BadRowError(TrainerError):
