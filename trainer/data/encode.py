@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerFast
 
 from trainer.data.collect import Line, parse_line
 from trainer.data.conversation import BadRowError
@@ -74,6 +73,8 @@ _AS_TEXT = "the text spells a special token, tokenized as ordinary letters"
 @lru_cache(maxsize=2)
 def _tools(settings: Settings) -> tuple[Renderer, Encoder]:
     """A process loads the tokenizer once."""
+    from transformers import PreTrainedTokenizerFast  # rows are read and checked before it is loaded
+
     tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer)
     return Renderer(tokenizer, settings.train_on, settings.special_tokens), Encoder(tokenizer)
 

@@ -21,13 +21,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from trainer.data.conversation import BadRowError, Conversation, Message
 from trainer.errors import TrainerError
+
+if TYPE_CHECKING:  # rows are read and checked before transformers is loaded
+    from transformers import PreTrainedTokenizerBase
 
 TemplateName = Literal["alpaca", "phi3", "chatml", "chat"]
 TrainOn = Literal["assistant", "last_assistant", "all"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import ModelConfig
 from trainer.data.sources import is_hub_id
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
 from trainer.hub import tokenizer_folder
+
+if TYPE_CHECKING:  # rows are read and checked before transformers is loaded
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of the vocabulary, not a password
 
@@ -89,6 +92,8 @@ def _special_tokens(template: TemplateName) -> list[str]:
 
 
 def _wrap(tokenizer: Tokenizer, template: TemplateName) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     stop, *others = _special_tokens(template)
     tokenizer.add_special_tokens([stop, *others])
     wrapped = PreTrainedTokenizerFast(

@@ -10,15 +10,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from trainer.data.shards import IGNORE
 from trainer.data.templates import Segment
 from trainer.errors import TrainerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _Json = dict[str, "_Json"] | list["_Json"] | str | float | bool | None
 
