@@ -51,11 +51,14 @@ run: setup
 	test -f $(QUICKSTART_DATA) || $(BIN)/launcher make-quickstart-data $(QUICKSTART_DATA)
 	$(BIN)/launcher run configs/quickstart.yaml
 
+# Two test files at a time: many tests wait for a process to start. A test file is never split.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 test: setup-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # pydoclint has a folder of its own: a package that vLLM needs takes the place of its docstring parser.
 check: setup-dev
