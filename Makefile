@@ -52,13 +52,11 @@ run: setup
 	$(BIN)/launcher run configs/quickstart.yaml
 
 # Two test files at a time: many tests wait for a process to start. A test file is never split.
-TEST_PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 test: setup-dev
-	$(PYTEST) -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: setup-dev
-	$(PYTEST)
+	$(BIN)/python -m pytest
 
 # pydoclint has a folder of its own: a package that vLLM needs takes the place of its docstring parser.
 check: setup-dev
