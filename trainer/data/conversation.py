@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trainer.errors import TrainerError
+
+TrainOn = Literal["assistant", "last_assistant", "all"]
 
 Message = dict[str, Any]
 """role (system, user, assistant or tool) and content, as chat templates take them; an assistant's message may have
@@ -43,14 +45,15 @@ class BadRowError(TrainerError):
         return place + (f"{self.field}: " if self.field else "") + self.reason
 
 
-def check_conversation(messages: list[Message]) -> None:
+def check_conversation(messages: list[Message], train_on: TrainOn = "assistant") -> None:
     """Refuse messages that no template could write, or that hold nothing to learn.
 
-    An optional system message comes first; then user and assistant in turns; tool messages stand between an
-    assistant's tool calls and its next words; the assistant ends it.
+    An optional system message comes first; then user and assistant in turns; tool messages come between an
+    assistant's call and its next words; the assistant ends it.
 
     Args:
         messages: checked as they are.
+        train_on: which turns are learned.
 
     Raises:
         BadRowError: names the message and the reason.
@@ -59,8 +62,9 @@ def check_conversation(messages: list[Message]) -> None:
     for number, message in enumerate(messages):
         role, name = message["role"], f"messages[{number}]"
         if before not in _MAY_FOLLOW[role]:
-            raise BadRowError(f"role {role} cannot follow {before}", name)
-        if role == "tool" and before == "assistant" and not messages[number - 1].get("tool_calls"):
+            way_out = "; data.repeated_roles: join makes one message of them" if role == before else ""
+            raise BadRowError(f"role {role} cannot follow {before}{way_out}", name)
+        if message.get("tool_call_id") and before == "assistant" and not messages[number - 1].get("tool_calls"):
             raise BadRowError("a tool message answers a tool call, and the assistant made none", name)
         check_text(message["content"], f"{name}.content")
         if role == "user" and not message["content"].strip():
@@ -70,6 +74,10 @@ def check_conversation(messages: list[Message]) -> None:
         before = role
     if before != "assistant":
         raise BadRowError(f"ends with {before}, not with the assistant, so there is nothing to learn", "messages")
+    learned = messages[-1:] if train_on == "last_assistant" else messages
+    if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in learned):
+        which = "the last answer" if train_on == "last_assistant" else "every answer"
+        raise BadRowError(f"{which} is marked not to be learned, so nothing is", "messages")
 
 
 _MAY_FOLLOW = {
