@@ -349,6 +349,11 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
         lines.append(f"the longest row has {longest:,} tokens, data.sequence_length is {length:,}")
     lines += [f"cut, {reason}: {count:,} rows" for reason, count in counts["truncated"].items()]
     lines += [f"kept, {reason}: {count:,} rows" for reason, count in counts.get("noticed", {}).items()]
+    lines += [
+        f"not read, the field {name}: {use['rows']:,} rows, the first {use['first']}; where that is meant, name it in "
+        "data.metadata_fields"
+        for name, use in counts.get("unknown_fields", {}).items()
+    ]
     leaks = counts.get("leaks", {})
     if leaks.get("exact_train_rows") or leaks.get("near_train_rows"):
         fate = (

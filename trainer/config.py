@@ -175,6 +175,29 @@ class DataConfig(Section):
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="What happens to a row that cannot be used; skipped ones go to data/rejected.jsonl."
     )
+    unknown_fields: Literal["warn", "fail", "ignore"] = Field(
+        "warn",
+        description="What happens where rows or messages have fields that nothing reads and that are no known "
+        "metadata: each is reported once with its rows, the stage fails, or nothing.",
+    )
+    metadata_fields: tuple[str, ...] = Field(
+        (), description="Further fields of rows and messages that describe them only: neither read nor reported."
+    )
+    roles: dict[str, Literal["system", "user", "assistant", "tool", "tool_call"]] = Field(
+        default_factory=dict,
+        description="What further role words mean, such as {customer: user}; tool_call is a call in a message of its "
+        "own. Upper and lower case are the same.",
+    )
+    repeated_roles: Literal["refuse", "join"] = Field(
+        "refuse",
+        description="What happens to a row with several messages of one role in a row: it is a bad row, or they become "
+        "one message, an empty line between them. Results of parallel tool calls stay apart.",
+    )
+    numbers: Literal["exact", "shortest"] = Field(
+        "exact",
+        description="What happens to a number in the place of text whose spelling the file does not keep (a fraction "
+        "in a table): it makes a bad row, or its shortest spelling is written.",
+    )
     special_tokens: Literal["refuse", "as_text"] = Field(
         "refuse",
         description="What happens to a row whose text spells a special token such as <|im_end|>: it is a bad row, or "

@@ -257,7 +257,8 @@ class _Preparation:
             "longest_row_tokens": tally.longest,
             "dropped": dropped,
             "truncated": dict(tally.truncated),
-            "noticed": dict(+tally.noticed),
+            "noticed": dict(+(tally.noticed + self.collected.fields.noticed)),
+            "unknown_fields": self.collected.fields.unknown if data.unknown_fields != "ignore" else {},
             "test_prompts_a_chat_api_tokenizes_otherwise": tally.asked_otherwise,
         }
 

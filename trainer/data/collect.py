@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy.typing as npt
 
 from trainer.config import ColumnSplit, DataConfig, FileSplit, SourceConfig
 from trainer.data.conversation import BadRowError, Conversation
+from trainer.data.fields import FieldNotes
 from trainer.data.formats import RowReader, detect_format
+from trainer.data.messages import MessageRules
 from trainer.data.sources import Row, read_source
 from trainer.data.templates import input_separator
 from trainer.errors import TrainerError
@@ -23,7 +26,9 @@ from trainer.errors import TrainerError
 SPLITS = ("train", "validation", "test")
 UNSPLIT = -1
 _FIRST_ROWS = 100  # from which `auto` decides
-_TOLD_ROWS = 20  # bad rows in the message; the file has all
+_MOST_REASONS = 20  # in a message; the file has all
+_FIRST_NAMED = 5  # rows of each reason in a message
+_VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Collected:
     """Number of the category; rows without one have a number of their own."""
     formats: tuple[str, ...]
     """The form of each source."""
+    fields: FieldNotes = field(default_factory=FieldNotes)
+    """What rows said that nothing reads."""
 
     @property
     def num_rows(self) -> int:
@@ -71,16 +78,16 @@ def parse_line(line: bytes) -> Line:
 
 
 class Rejected:
-    """Bad rows: all are written to a file and counted; where none may be skipped, the first ones are told together."""
+    """Bad rows: all are written to a file and counted; where none may be skipped, their reasons are reported."""
 
     def __init__(self, path: Path, skip: bool) -> None:
         self._path = path
         self._skip = skip
-        self._first: list[str] = []
+        self._reasons: dict[str, _Reason] = {}
         self.counts: Counter[str] = Counter()
 
     def add(self, error: BadRowError) -> None:
-        """Take note of a row that is left out.
+        """Count a row that is left out.
 
         Args:
             error: with its place.
@@ -89,27 +96,75 @@ class Rejected:
         with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.counts["bad row"] += 1
-        if len(self._first) < _TOLD_ROWS:
-            self._first.append(str(error))
+        # What differs from row to row, such as numbers and quoted values, makes no new reason.
+        key = _VALUES.sub("", f"{error.field}: {error.reason}")
+        if key in self._reasons:
+            self._reasons[key].add(error)
+        else:
+            self._reasons[key] = _Reason(error)
+
+    def listed(self) -> str:
+        """The most frequent reasons, a line for each, with the number of rows and the first of them."""
+        most = sorted(self._reasons.values(), key=lambda reason: -reason.count)
+        lines = [str(reason) for reason in most[:_MOST_REASONS]]
+        if len(most) > _MOST_REASONS:
+            rest = sum(reason.count for reason in most[_MOST_REASONS:])
+            lines.append(f"{rest:,} rows for {len(most) - _MOST_REASONS:,} other reasons")
+        return "".join(f"\n  {line}" for line in lines)
 
     def check(self) -> None:
         """End the stage where rows were bad and none may be skipped.
 
         Raises:
-            TrainerError: tells the first of them, how many there are, and where all of them are listed.
+            TrainerError: has each reason once, how many rows there are, and where all of them are listed.
         """
         number = self.counts["bad row"]
         if self._skip or not number:
             return
         way_out = "set data.on_bad_row: skip to leave such rows out"
         if number == 1:
-            raise TrainerError(f"{self._first[0]}; mend the row, or {way_out}")
-        first = "the first" if number > len(self._first) else "these"
+            raise TrainerError(f"{next(iter(self._reasons.values()))}; fix the row, or {way_out}")
         raise TrainerError(
-            f"{number:,} rows cannot be used, {first} {len(self._first)}:\n  "
-            + "\n  ".join(self._first)
-            + f"\nAll of them stand in {self._path}. Mend them, or {way_out}"
+            f"{number:,} rows cannot be used:{self.listed()}\nAll of them are listed in {self._path}. Fix them, or "
+            + way_out
         )
+
+    def check_source(self, path: str) -> None:
+        """End the stage where a source gave no row at all.
+
+        Args:
+            path: of the source.
+
+        Raises:
+            TrainerError: has the reasons of the rows that were left out.
+        """
+        reasons = f":{self.listed()}\nAll rows left out are listed in {self._path}" if self._reasons else ""
+        raise TrainerError(f"data: {path} has no row that can be used{reasons}")
+
+
+class _Reason:
+    """One reason for which rows are bad: the rows are counted, the first ones are named."""
+
+    def __init__(self, error: BadRowError) -> None:
+        self.error = error
+        self.count = 1
+        self._others: list[str] = []
+        self._is_one_text = True
+
+    def add(self, error: BadRowError) -> None:
+        """Count another row."""
+        self.count += 1
+        self._is_one_text &= (error.field, error.reason) == (self.error.field, self.error.reason)
+        if len(self._others) < _FIRST_NAMED - 1:
+            same_file = error.file == self.error.file
+            self._others.append(str(error.row) if same_file else f"{error.file}, row {error.row}")
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return str(self.error)
+        more = "" if self.count == len(self._others) + 1 else ", …"
+        such_as = "" if self._is_one_text else "for example "
+        return f"{such_as}{self.error} ({self.count:,} rows, also {', '.join(self._others)}{more})"
 
 
 def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Collected:
@@ -125,17 +180,18 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
         The collected rows.
 
     Raises:
-        TrainerError: a source cannot be read, has no usable row or a bad one that may not be skipped, or two rows have
-            the same id.
+        TrainerError: a source cannot be read, has no usable row or a bad one that may not be skipped, or rows have
+            fields that nothing reads where that is refused.
     """
     sources = _sources_with_splits(data)
     starts, of_source, splits, categories, ids = array("q"), array("i"), array("b"), array("i"), array("q")
     names: dict[str | None, int] = {}
     formats: list[str] = []
+    fields = FieldNotes()
     with path.open("wb") as file:
         for number, (source, split) in enumerate(sources):
             before = len(starts)
-            rows, reader = _open_source(source, data)
+            rows, reader = _open_source(source, data, rejected, fields)
             formats.append(reader.format)
             for line in _read_rows(rows, reader, rejected):
                 starts.append(file.tell())
@@ -145,9 +201,7 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
                 ids.append(hash(line.conversation.id))
                 file.write(_dumped(line))
             if len(starts) == before:
-                rejected.check()
-                raise TrainerError(f"data: {source.path} has no row that can be used")
-    rejected.check()
+                rejected.check_source(source.path)
     collected = Collected(  # views of the arrays, not copies
         path,
         np.frombuffer(starts, np.int64),
@@ -155,8 +209,11 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
         np.frombuffer(splits, np.int8),
         np.frombuffer(categories, np.int32),
         tuple(formats),
+        fields,
     )
-    _check_ids(collected, np.frombuffer(ids, np.int64))
+    collected = _without_repeated_ids(collected, np.frombuffer(ids, np.int64), rejected)
+    rejected.check()
+    fields.check(data.unknown_fields)
     return _choose(collected, [source for source, _ in sources], seed)
 
 
@@ -170,23 +227,48 @@ def _sources_with_splits(data: DataConfig) -> list[tuple[SourceConfig, int]]:
     return train + [(first.model_copy(update={"path": str(file)}), 1 + i) for i, file in enumerate(own)]
 
 
-def _open_source(source: SourceConfig, data: DataConfig) -> tuple[Iterator[Row], RowReader]:
+def _open_source(
+    source: SourceConfig, data: DataConfig, rejected: Rejected, fields: FieldNotes
+) -> tuple[Iterator[Row], RowReader]:
     rows = read_source(source)
     form = source.format
     if form == "auto":
-        first = list(islice(rows, _FIRST_ROWS))
+        first = _first_readable(rows, rejected)
         if not first:
-            raise TrainerError(f"data: {source.path} holds no rows")
-        form = detect_format([row for *_, row in first if not isinstance(row, BadRowError)], source.path)
+            rejected.check_source(source.path)
+        form = detect_format([row for *_, row in first], source.path)
         rows = chain(first, rows)
+    split = data.split if isinstance(data.split, ColumnSplit) else None
     reader = RowReader(
         format=form,
         input_separator=input_separator(data.template),
         columns=source.columns,
         category=source.category,
-        split_column=data.split.column if isinstance(data.split, ColumnSplit) else None,
+        split_column=split.column if split else None,
+        splits=(split.train, split.validation, split.test) if split else (),
+        rules=MessageRules(
+            roles=data.roles,
+            repeated_roles=data.repeated_roles,
+            numbers=data.numbers,
+            metadata=frozenset(data.metadata_fields),
+        ),
+        train_on=data.train_on,
+        notes=fields,
     )
     return rows, reader
+
+
+def _first_readable(rows: Iterator[Row], rejected: Rejected) -> list[Row]:
+    """The first rows of a source that could be read, from which its form is decided."""
+    first: list[Row] = []
+    for file, number, row in rows:
+        if isinstance(row, BadRowError):
+            rejected.add(row.at(file, number))
+        else:
+            first.append((file, number, row))
+        if len(first) == _FIRST_ROWS:
+            break
+    return first
 
 
 def _read_rows(rows: Iterator[Row], reader: RowReader, rejected: Rejected) -> Iterator[Line]:
@@ -199,7 +281,7 @@ def _read_rows(rows: Iterator[Row], reader: RowReader, rejected: Rejected) -> It
         try:
             if isinstance(row, BadRowError):
                 raise row
-            yield Line(reader.read(row, f"{prefixes[file]}-{number}"), file, number)
+            yield Line(reader.read(row, f"{prefixes[file]}-{number}", file, number), file, number)
         except BadRowError as error:
             rejected.add(error.at(file, number))
 
@@ -207,32 +289,34 @@ def _read_rows(rows: Iterator[Row], reader: RowReader, rejected: Rejected) -> It
 def _split_of(conversation: Conversation, data: DataConfig) -> int:
     if not isinstance(data.split, ColumnSplit):
         return UNSPLIT
-    names = [data.split.train, data.split.validation, data.split.test]
-    if conversation.split not in names:
-        raise TrainerError(
-            f"row {conversation.id}: {data.split.column} is {conversation.split!r}, which is none of "
-            f"{', '.join(names)}: name your values under data.split"
-        )
-    return names.index(conversation.split)
+    return (data.split.train, data.split.validation, data.split.test).index(str(conversation.split))
 
 
 def _dumped(line: Line) -> bytes:
     return json.dumps(vars(line.conversation) | {"file": line.file, "row": line.row}).encode() + b"\n"
 
 
-def _check_ids(collected: Collected, hashes: npt.NDArray[np.int64]) -> None:
+def _without_repeated_ids(collected: Collected, hashes: npt.NDArray[np.int64], rejected: Rejected) -> Collected:
+    """The first row of each id; the others are bad rows."""
     ordered = np.sort(hashes)
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if not repeated.size:
-        return
+        return collected
+    kept = np.ones(collected.num_rows, dtype=bool)
     seen: dict[str, Line] = {}
-    for line in map(parse_line, collected.lines(np.flatnonzero(np.isin(hashes, repeated)))):
+    numbers = np.flatnonzero(np.isin(hashes, repeated))
+    for number, line in zip(numbers, map(parse_line, collected.lines(numbers)), strict=True):
         first = seen.setdefault(line.conversation.id, line)
         if first is not line:
-            raise TrainerError(
-                f"two rows have the id {line.conversation.id!r}: {first.file}, row {first.row}, and {line.file}, row "
-                f"{line.row}; make ids unique, or rename the field so that ids are made from file and row number"
+            kept[number] = False
+            rejected.add(
+                BadRowError(
+                    f"{line.conversation.id!r} is the id of {first.file}, row {first.row}, too; make ids unique, or "
+                    "rename the field so that ids are made from file and row number",
+                    "id",
+                ).at(line.file, line.row)
             )
+    return _only(collected, kept)
 
 
 def _choose(collected: Collected, sources: list[SourceConfig], seed: int) -> Collected:
@@ -246,6 +330,11 @@ def _choose(collected: Collected, sources: list[SourceConfig], seed: int) -> Col
                     f"data: num_rows of {source.path} is {source.num_rows}, but it has {rows.size} usable rows"
                 )
             kept[np.random.default_rng([seed, number]).permutation(rows)[source.num_rows :]] = False
+    return _only(collected, kept)
+
+
+def _only(collected: Collected, kept: npt.NDArray[np.bool_]) -> Collected:
+    """Some of the rows."""
     return replace(
         collected,
         starts=collected.starts[kept],

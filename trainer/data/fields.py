@@ -15,29 +15,28 @@ from typing import Any, Literal
 from trainer.data.conversation import BadRowError, check_text
 from trainer.errors import TrainerError
 
-METADATA = frozenset(
-    """
-    id _id uid uuid guid idx index key hash sha sha256 checksum row_id doc_id item_id sample_id example_id prompt_id
-    question_id task_id message_id parent_id parent_message_id thread_id session_id user_id author_id annotator_id
-    worker_id conv_id conversation_id conversation_hash tree_id message_tree_id __index_level_0__
-    source sources src origin provenance dataset dataset_name dataset_source data_source subset config split url link
-    file filename file_name path license licence version
-    category categories subcategory type kind task tasks task_type task_name topic topics domain subdomain subject
-    field skill skills ability capability area tag tags keyword keywords cluster intent title
-    lang language languages language_code locale country state
-    score scores rating ratings rank quality quality_score difficulty level complexity upvotes votes views likes
-    confidence similarity embedding perplexity reward_score judge_score helpfulness correctness coherence verbosity
-    num_tokens n_tokens token_count tokens token_length num_turns n_turns turn num_messages length
-    model models model_name model_id model_version generator generator_model generation_model teacher_model
-    author annotator annotators creator username avatarurl
-    timestamp timestamps date datetime time created created_at create_time created_date updated_at update_time
-    modified finish_reason stop_reason usage logprobs latency cost temperature top_p seed batch
-    toxic toxicity redacted moderation openai_moderation detoxify detoxify_moderation synthetic deleted
-    review_state review_count review_result
-    metadata meta meta_data extra_info extra info additional_info comment comments note notes
-    parallel_tool_calls citations cache_control
-    """.split()
-) | {"unnamed: 0"}
+_METADATA = """\
+id _id uid uuid guid idx index key hash sha sha256 checksum row_id doc_id item_id sample_id example_id prompt_id
+question_id task_id message_id parent_id parent_message_id thread_id session_id user_id author_id annotator_id
+worker_id conv_id conversation_id conversation_hash tree_id message_tree_id __index_level_0__
+source sources src origin provenance dataset dataset_name dataset_source data_source subset config split url link
+file filename file_name path license licence version
+category categories subcategory type kind task tasks task_type task_name topic topics domain subdomain subject
+field skill skills ability capability area tag tags keyword keywords cluster intent title
+lang language languages language_code locale country state
+score scores rating ratings rank quality quality_score difficulty level complexity upvotes votes views likes
+confidence similarity embedding perplexity reward_score judge_score helpfulness correctness coherence verbosity
+num_tokens n_tokens token_count tokens token_length num_turns n_turns turn num_messages length
+model models model_name model_id model_version generator generator_model generation_model teacher_model
+author annotator annotators creator username avatarurl
+timestamp timestamps date datetime time created created_at create_time created_date updated_at update_time
+modified finish_reason stop_reason usage logprobs latency cost temperature top_p seed batch
+toxic toxicity redacted moderation openai_moderation detoxify detoxify_moderation synthetic deleted
+review_state review_count review_result
+metadata meta meta_data extra_info extra info additional_info comment comments note notes
+parallel_tool_calls citations cache_control
+"""
+METADATA = frozenset((*_METADATA.split(), "unnamed: 0"))
 """Names of fields that describe a row or a message and say nothing in the conversation."""
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemprompt", "systemmessage")
@@ -106,8 +105,8 @@ def as_text(value: object, numbers: NumberText, name: str) -> str:
 
     Args:
         value: text, or a number or truth value, which stays as it was spelled in the file.
-        numbers: `exact` refuses a fraction, whose spelling (0.5, 0.50, 5e-1) is lost when a file is read; `shortest`
-            writes the shortest spelling.
+        numbers: what becomes of a fraction whose spelling (0.5, 0.50, 5e-1) the file's format does not keep: `exact`
+            refuses it, `shortest` writes the shortest spelling.
         name: of the field, for the message.
 
     Returns:
@@ -126,13 +125,14 @@ def as_text(value: object, numbers: NumberText, name: str) -> str:
         raise BadRowError(f"must be text, it is {kind(value)}", name)
     if value in (float("inf"), float("-inf")):
         raise BadRowError(f"must be text, it is {value}, which is no number in JSON", name)
-    if numbers == "exact":
+    spelling = getattr(value, "spelling", None)  # kept by the reader of JSON files
+    if spelling is None and numbers == "exact":
         raise BadRowError(
             f"is {kind(value)} that can be spelled in several ways: give it as text, or set data.numbers: shortest to "
             f"write {value!r}",
             name,
         )
-    return repr(value)
+    return repr(value) if spelling is None else str(spelling)
 
 
 def label(row: Mapping[str, Any], name: str) -> str | None:
@@ -201,16 +201,19 @@ class FieldNotes:
     noticed: Counter[str] = field(default_factory=Counter)
     """Rows for each thing that was changed on the way."""
 
-    def add(self, unknown: Collection[str], noticed: Collection[str], place: str) -> None:
+    def add(self, unknown: Collection[str], noticed: Collection[str], file: str, number: int) -> None:
         """Count what one row said.
 
         Args:
             unknown: its fields that nothing reads.
             noticed: what was changed.
-            place: of the row.
+            file: the row's file.
+            number: the row's number in it, from 1.
         """
         for name in set(unknown):
-            self.unknown.setdefault(name, {"rows": 0, "first": place})["rows"] += 1
+            if name not in self.unknown:
+                self.unknown[name] = {"rows": 0, "first": f"{file}, row {number}"}
+            self.unknown[name]["rows"] += 1
         self.noticed.update(set(noticed))
 
     def check(self, policy: Literal["warn", "fail", "ignore"]) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from trainer.config import Columns, RowFormat
-from trainer.data.conversation import BadRowError, Conversation, Message, TrainOn, check_conversation, check_text
+from trainer.data.conversation import BadRowError, Conversation, Message, TrainOn, check_conversation
 from trainer.data.fields import (
     MEDIA,
     METADATA,
@@ -39,10 +39,10 @@ _PREFERENCE = (("chosen", "rejected"), ("rejected_response",), ("rejected_messag
 _RENDERED = ("text", "prompt", "formatted_text", "full_text", "chat")  # may hold the whole conversation as one text
 _INDEX = re.compile(r"\[\d+\]")
 # What apply_chat_template takes for itself; a row may give arguments of the template only.
-_RESERVED = frozenset(
-    "messages conversation tools chat_template add_generation_prompt continue_final_message tokenize padding truncation "
-    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs processor_kwargs".split()
-)
+_RESERVED = """\
+messages conversation tools chat_template add_generation_prompt continue_final_message tokenize padding truncation
+max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs processor_kwargs
+"""
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,21 @@ class RowReader:
     category: str | None = None
     """Of rows that have none of their own."""
     split_column: str | None = None
+    splits: tuple[str, ...] = ()
+    """Values that the split column may have; none means any."""
     rules: MessageRules = field(default_factory=MessageRules)
     train_on: TrainOn = "assistant"
     notes: FieldNotes = field(default_factory=FieldNotes)
     """Gets what rows say that nothing reads."""
 
-    def read(self, row: object, default_id: str, place: str = "") -> Conversation:
+    def read(self, row: object, default_id: str, file: str = "", number: int = 0) -> Conversation:
         """Turn a row into a conversation.
 
         Args:
             row: as in its file.
             default_id: the id of a row that has none.
-            place: of the row, for the notes; empty means its id.
+            file: the row's file, for the notes.
+            number: the row's number in it, from 1, for the notes.
 
         Returns:
             The conversation, checked.
@@ -96,7 +99,7 @@ class RowReader:
         """
         if not isinstance(row, dict):
             raise BadRowError(f"a row must be an object with named fields, this one is {kind(row)}")
-        return _Row(self, row).conversation(default_id, place or default_id)
+        return _Row(self, row).conversation(default_id, file, number)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class _Row:
         self.unknown: list[str] = []
         self.used: set[str] = set()
 
-    def conversation(self, default_id: str, place: str) -> Conversation:
+    def conversation(self, default_id: str, file: str, number: int) -> Conversation:
         """What the row says."""
         reader, names = self.reader, self.reader.columns or _NO_COLUMNS
         if self.names.refused:
@@ -154,13 +157,13 @@ class _Row:
         dropped = drop_null_arguments(messages, tools)
         check_conversation(messages, reader.train_on)
         row_id, category = label(self.row, names.id or "id"), label(self.row, names.category or "category")
-        split = self._required(reader.split_column) if reader.split_column else None
+        split = self._split(reader.split_column) if reader.split_column else None
         self.used.update((names.id or "id", names.category or "category", reader.split_column or "split"))
         if not self.given.keys() <= self.used:
             self._look_at_the_rest(messages)
         if self.unknown or dropped:
             unknown = [_INDEX.sub("[]", name) for name in self.unknown]
-            reader.notes.add(unknown, [NULLS_LEFT_OUT] if dropped else [], place)
+            reader.notes.add(unknown, [NULLS_LEFT_OUT] if dropped else [], file, number)
         return Conversation(
             id=row_id or default_id,
             messages=messages,
@@ -278,11 +281,21 @@ class _Row:
         for key, value in table.items():
             if value is None:  # Arrow's, where another row gives the argument
                 continue
-            if key in _RESERVED:
+            if key in _RESERVED.split():
                 raise BadRowError(f"{key} is no argument that a row may give to the chat template", name)
             if kwargs.setdefault(key, value) != value:
                 raise BadRowError(f"gives the chat template another {key} than the row's other fields", name)
         json_text(table, name)
+
+    def _split(self, column: str) -> str:
+        """Which split the row says it belongs to."""
+        split = self._required(column)
+        if self.reader.splits and split not in self.reader.splits:
+            raise BadRowError(
+                f"is {split!r}, which is none of {', '.join(self.reader.splits)}: name your values under data.split",
+                column,
+            )
+        return split
 
     def _only(self, names: tuple[str, ...]) -> str:
         """Which one of some names the row uses; two that say the same are one, two that differ contradict."""
@@ -318,7 +331,7 @@ class _Row:
         rivals = {
             name
             for form in forms_of(self.given)
-            if form != self.reader.format and self.reader.format != "columns"
+            if self.reader.format not in (form, "columns")
             for name in (*LISTS, *(ONE_TURN[form].prompt + ONE_TURN[form].answer if form in ONE_TURN else ()))
         }
         for name in rest:
@@ -425,6 +438,8 @@ def _fields(rows: Sequence[object]) -> str:
 
 def _columns_for(rows: Sequence[object]) -> str:
     """The setting that names a row's columns, filled in where it has just two."""
-    names = [name for name in rows[0] if str(name).lower() not in METADATA] if rows and isinstance(rows[0], dict) else []
+    names = (
+        [name for name in rows[0] if str(name).lower() not in METADATA] if rows and isinstance(rows[0], dict) else []
+    )
     prompt, response = names if len(names) == 2 else ("...", "...")
     return f"columns: {{prompt: {prompt}, response: {response}}}"

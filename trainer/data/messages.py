@@ -1,4 +1,4 @@
-"""Messages in every documented form -> those that chat templates take: role, content, thoughts, calls, mark for loss."""
+"""Messages in every documented form -> those that chat templates take: role, content, thought, calls, mark for loss."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ _THOUGHT_PARTS = frozenset(("thinking", "reasoning", "thought"))
 _CALL_PARTS = frozenset(("tool_use", "tool_call", "function_call"))
 _RESULT_PARTS = frozenset(("tool_result", "tool_response"))
 _TURN_WORDS = {  # keys of a turn that is one object, such as {human: ..., assistant: ...}, in the order of speaking
-    **{"system": "system", "user": "user", "human": "user", "input": "user"},
-    **{"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "output": "assistant"},
+    "system": "system",
+    **dict.fromkeys(("user", "human", "input"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "output"), "assistant"),
 }
 _ROLE_AND_CONTENT = frozenset(("role", "from", *CONTENT))
 _MARKS = frozenset((*LEARNED, *NOT_LEARNED, "train_detail", "training_detail", "mask"))
@@ -143,12 +144,12 @@ def read_messages(listed: object, name: str, rules: MessageRules, unknown: list[
     return messages[1:] if messages[0]["role"] == "system" and is_blank(messages[0]["content"]) else messages
 
 
-def _read(
-    item: dict[str, Any], name: str, rules: MessageRules, unknown: list[str]
-) -> list[tuple[Message, bool]]:
+def _read(item: dict[str, Any], name: str, rules: MessageRules, unknown: list[str]) -> list[tuple[Message, bool]]:
     """What one object of the list says, and whether it is a call that belongs to the assistant's words before it."""
     if len(item) == 2:  # nearly every message
-        word, content = (item.get("role"), item.get("content")) if "role" in item else (item.get("from"), item.get("value"))
+        word, content = (
+            (item.get("role"), item.get("content")) if "role" in item else (item.get("from"), item.get("value"))
+        )
         if isinstance(content, str) and (role := rules.role(word, name)) != "tool_call":
             return [({"role": role, "content": content}, False)]
     if item.get("role") is None and item.get("from") is None:
@@ -184,13 +185,7 @@ def _add_fields(
     """Read all that a message has beside its role and content."""
     is_assistant = message["role"] == "assistant"
     thought = _thought(given, said.thoughts, name)
-    calls = said.calls
-    for key in ("tool_calls", "function_call"):
-        if key in given:
-            found = read_calls(given[key], f"{name}.{key}", unknown)
-            if calls and found and [call["function"] for call in calls] != [call["function"] for call in found]:
-                raise BadRowError(f"{key} says other calls than the message's other fields", name)
-            calls = found or calls
+    calls = _calls(given, said.calls, name, unknown)
     if not is_assistant and (thought or calls):
         raise BadRowError(f"only the assistant thinks and calls tools, this is the role {message['role']}", name)
     message |= ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": thought} if thought else {})
@@ -214,6 +209,19 @@ def _add_fields(
             unknown.append(f"{name}.{key}")
 
 
+def _calls(
+    given: Mapping[str, Any], calls: list[dict[str, Any]], name: str, unknown: list[str]
+) -> list[dict[str, Any]]:
+    """The tool calls of a message, wherever it has them."""
+    for key in ("tool_calls", "function_call"):
+        if key in given:
+            found = read_calls(given[key], f"{name}.{key}", unknown)
+            if calls and found and [call["function"] for call in calls] != [call["function"] for call in found]:
+                raise BadRowError(f"{key} says other calls than the message's other fields", name)
+            calls = found or calls
+    return calls
+
+
 def _only(given: Mapping[str, Any], keys: tuple[str, ...], name: str) -> Any:  # noqa: ANN401 - JSON is anything
     """The value of the one key that is given; two that differ contradict each other."""
     said = [key for key in keys if not is_blank(given.get(key))]
@@ -233,8 +241,6 @@ def _thought(given: Mapping[str, Any], thoughts: list[str], name: str) -> str:
     if any(thought.strip() != found[0].strip() for thought in found):
         raise BadRowError("has two thoughts that differ", name)
     return found[0] if found and not is_blank(found[0]) else ""
-
-
 
 
 def _weight(given: Mapping[str, Any], name: str) -> int:
@@ -346,7 +352,9 @@ def _joined(before: Message, after: Message, name: str) -> Message:
     contents = [message["content"] for message in (before, after) if not is_blank(message["content"])]
     if before.get("tool_calls") and not is_blank(after["content"]):
         raise BadRowError("can't be joined with the message before it, whose tool calls have no result yet", name)
-    if after.get("reasoning_content") and any(before.get(key) for key in ("reasoning_content", "tool_calls", "content")):
+    if after.get("reasoning_content") and any(
+        before.get(key) for key in ("reasoning_content", "tool_calls", "content")
+    ):
         raise BadRowError("can't be joined with the message before it: it thinks again after that", name)
     calls = [*before.get("tool_calls", ()), *after.get("tool_calls", ())]
     return before | after | {"content": "\n\n".join(contents)} | ({"tool_calls": calls} if calls else {})
