@@ -328,12 +328,10 @@ class _Row:
         """Note the fields that nothing has read; refuse those that say something else than the conversation."""
         rest = [name for name in self.given if name not in self.used]
         said = [text.strip() for message in messages for text in _texts(message)]
-        rivals = {
-            name
-            for form in forms_of(self.given)
-            if self.reader.format not in (form, "columns")
-            for name in (*LISTS, *(ONE_TURN[form].prompt + ONE_TURN[form].answer if form in ONE_TURN else ()))
-        }
+        rivals = set(LISTS) if self.reader.format != "columns" else set()
+        for form in forms_of(self.given) if rivals else ():
+            if form in ONE_TURN and form != self.reader.format:
+                rivals.update(ONE_TURN[form].prompt, ONE_TURN[form].answer)
         for name in rest:
             if not _restates(name, self.given[name], said):
                 if name in rivals:

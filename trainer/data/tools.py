@@ -20,6 +20,7 @@ NULLS_LEFT_OUT = "a null argument of a tool call is left out, since no schema of
 _CALL_KEYS = frozenset(("id", "type", "index", "function", "name", *ARGUMENTS)) | METADATA
 _NAMED_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 _VALUES = frozenset(("enum", "examples", "required", "default", "const", "example"))
+_MAY_BE_NULL = frozenset(("default", "example"))
 _TYPED_BY = frozenset(("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"))
 
 
@@ -72,7 +73,7 @@ def without_nulls(schema: Any) -> Any:  # noqa: ANN401 - JSON is anything
         schema: read only.
 
     Returns:
-        A copy; a null that is a default or a constant stays where the schema allows null.
+        A copy; a null that is a default stays where the schema allows null.
     """
     if isinstance(schema, list):
         return [without_nulls(item) for item in schema]
@@ -81,7 +82,7 @@ def without_nulls(schema: Any) -> Any:  # noqa: ANN401 - JSON is anything
     kept: dict[str, Any] = {}
     for key, value in schema.items():
         if value is None:
-            if key in _VALUES and _allows_null(schema):
+            if (key in _MAY_BE_NULL and _allows_null(schema)) or schema == {"const": None}:
                 kept[key] = None
         elif key in _NAMED_SCHEMAS and isinstance(value, dict):
             kept[key] = {name: without_nulls(item) for name, item in value.items() if item is not None}
