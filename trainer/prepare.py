@@ -15,28 +15,37 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import DataConfig, TrainerConfig
 from trainer.data.collect import Collected, Rejected, collect, parse_line
 from trainer.data.conversation import BadRowError
 from trainer.data.encode import Settings, encode_chunk, encode_test_chunk
 from trainer.data.fingerprint import fingerprint, tokenizer_digest
-from trainer.data.leaks import Leaks, find_leaks
 from trainer.data.shards import IGNORE, PackedSplit, SplitWriter
 from trainer.data.sources import is_hub_id
 from trainer.data.splits import Rows, assign_splits, repeat_by_weight
 from trainer.data.spread import ChunkMap, LocalMap, chunked
 from trainer.data.templates import Renderer
-from trainer.data.tokenizer import load_tokenizer, scratch_tokenizer, train_tokenizer
+from trainer.data.tokenizer import (
+    load_tokenizer,
+    scratch_special_tokens,
+    scratch_tokenizer,
+    tokenizer_place,
+    train_tokenizer,
+)
 from trainer.errors import TrainerError
 from trainer.hub import is_commit
+
+if TYPE_CHECKING:  # rows are read and checked before these are loaded: transformers takes seconds, with torch many more
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.data.leaks import Leaks
 
 _ROWS_FOR_ONE_PROCESS = 20_000
 
@@ -134,9 +143,10 @@ def _replace(unfinished: Path, final: Path) -> None:
 def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: ChunkMap | None) -> dict[str, Any]:
     """Write the folder, and run_dir/base for a model from scratch; return the summary."""
     data = config.data
-    base_tokenizer = _base_tokenizer(config)
+    place = _check_base(config)
     rejected = Rejected(folder / "rejected.jsonl", skip=data.on_bad_row == "skip")
     collected = collect(data, config.seed, folder / "rows.jsonl", rejected)
+    base_tokenizer = load_tokenizer(config.model, data.template, place) if place else None
     with LocalMap(_num_processes(data, collected.num_rows)) as on_this_machine:
         preparation = _Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
         splits, leaks = preparation.split()
@@ -149,17 +159,17 @@ def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: Chu
     return summary | {"leaks": leaks.as_json()}
 
 
-def _base_tokenizer(config: TrainerConfig) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer; None for a model from scratch, whose tokenizer is learned from the rows."""
+def _check_base(config: TrainerConfig) -> Path | None:
+    """Refuse a base that can't be; the folder of its tokenizer, or None for one from scratch. Loads no library."""
     data, scratch = config.data, config.model.from_scratch
     if scratch is None:
-        return load_tokenizer(config.model, data.template)
+        return tokenizer_place(config.model)
     if data.sequence_length > scratch.max_position_embeddings:
         raise TrainerError(
             f"data.sequence_length is {data.sequence_length}, model.from_scratch.max_position_embeddings only "
             f"{scratch.max_position_embeddings}: lower the one or raise the other"
         )
-    scratch_tokenizer(data.template)  # refuses a template that it cannot have
+    scratch_special_tokens(data.template)
     return None
 
 
@@ -190,6 +200,8 @@ class _Preparation:
 
     def split(self) -> tuple[dict[str, Rows], Leaks]:
         """The rows of each split, train rows as often as they are seen in an epoch; and what test rows they repeat."""
+        from trainer.data.leaks import find_leaks  # loads scipy
+
         data, seed = self.config.data, self.config.seed
         splits = assign_splits(self.collected, data.split, seed)
         splits["test"] = splits["test"][: data.max_test_rows]
@@ -329,6 +341,8 @@ def show(config: TrainerConfig, run_dir: Path, n: int, console: Console) -> None
     Raises:
         TrainerError: the data has not been prepared.
     """
+    from transformers import PreTrainedTokenizerFast
+
     split = PackedSplit.open(run_dir / "data" / "train")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "data" / "tokenizer")
     for row in range(min(n, split.num_rows)):
