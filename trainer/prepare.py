@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.text import Text
 
 from trainer.config import DataConfig, TrainerConfig
 from trainer.data.collect import Collected, Rejected, collect, parse_line
@@ -40,9 +38,10 @@ from trainer.data.tokenizer import (
     train_tokenizer,
 )
 from trainer.errors import TrainerError
-from trainer.hub import is_commit
 
 if TYPE_CHECKING:  # rows are read and checked before these are loaded: transformers takes seconds, with torch many more
+    from rich.console import Console
+    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
     from trainer.data.leaks import Leaks
@@ -105,7 +104,11 @@ def _is_fixed(config: TrainerConfig) -> bool:
     """Whether the base's tokenizer cannot change under the same name: what a branch on the hub holds, can."""
     model = config.model
     local = model.name_or_path is None or Path(model.name_or_path).is_dir()
-    return local or is_commit(model.revision)
+    if local:
+        return True
+    from trainer.hub import is_commit  # loads the hub's client
+
+    return is_commit(model.revision)
 
 
 def _summary_of(folder: Path, digest: str, config: TrainerConfig) -> dict[str, Any] | None:
@@ -143,12 +146,12 @@ def _replace(unfinished: Path, final: Path) -> None:
 def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: ChunkMap | None) -> dict[str, Any]:
     """Write the folder, and run_dir/base for a model from scratch; return the summary."""
     data = config.data
-    place = _check_base(config)
+    place = check_base(config)
     rejected = Rejected(folder / "rejected.jsonl", skip=data.on_bad_row == "skip")
     collected = collect(data, config.seed, folder / "rows.jsonl", rejected)
     base_tokenizer = load_tokenizer(config.model, data.template, place) if place else None
     with LocalMap(_num_processes(data, collected.num_rows)) as on_this_machine:
-        preparation = _Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
+        preparation = Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
         splits, leaks = preparation.split()
         tokenizer = preparation.learn_tokenizer(splits["train"]) if base_tokenizer is None else base_tokenizer
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -159,7 +162,7 @@ def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: Chu
     return summary | {"leaks": leaks.as_json()}
 
 
-def _check_base(config: TrainerConfig) -> Path | None:
+def check_base(config: TrainerConfig) -> Path | None:
     """Refuse a base that can't be; the folder of its tokenizer, or None for one from scratch. Loads no library."""
     data, scratch = config.data, config.model.from_scratch
     if scratch is None:
@@ -189,7 +192,7 @@ def _build_base(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, run_d
 
 
 @dataclass(frozen=True)
-class _Preparation:
+class Preparation:
     """One run of the stage, after the rows were collected; its methods are the steps."""
 
     config: TrainerConfig
@@ -233,10 +236,10 @@ class _Preparation:
 
         return train_tokenizer(texts(), data.template, scratch.vocab_size)
 
-    def write(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Write the shards and the test set; return the summary."""
+    def settings(self) -> Settings:
+        """All that decides what a row becomes, once the tokenizer has been saved."""
         data = self.config.data
-        settings = Settings(
+        return Settings(
             tokenizer=str(self.folder / "tokenizer"),
             tokenizer_digest=tokenizer_digest(self.folder / "tokenizer"),
             train_on=data.train_on,
@@ -245,9 +248,13 @@ class _Preparation:
             audit=data.audit,
             special_tokens=data.special_tokens,
         )
-        tally = _Tally()
-        writers = {name: self._encode(settings, name, splits[name], tally) for name in ("train", "validation")}
-        num_test = self._write_test(settings, splits["test"], tally)
+
+    def write(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Write the shards and the test set; return the summary."""
+        data, settings = self.config.data, self.settings()
+        tally = Tally()
+        writers = {name: self.encode(settings, name, splits[name], tally) for name in ("train", "validation")}
+        num_test = self.write_test(settings, splits["test"], tally)
         self.rejected.check()
         dropped = dict(tally.dropped + self.rejected.counts)
         counts = {
@@ -289,7 +296,7 @@ class _Preparation:
             ],
         }
 
-    def _encode(self, settings: Settings, name: str, rows: Rows, tally: _Tally) -> SplitWriter:
+    def encode(self, settings: Settings, name: str, rows: Rows, tally: Tally) -> SplitWriter:
         """Write the tokens of a split; its packs are planned when the writer finishes."""
         writer = SplitWriter(self.folder / name)
         lines = chunked(self.collected.lines(np.sort(rows)))
@@ -303,7 +310,7 @@ class _Preparation:
             writer.add_rows(chunk.row_ids, chunk.rows)
         return writer
 
-    def _write_test(self, settings: Settings, rows: Rows, tally: _Tally) -> int:
+    def write_test(self, settings: Settings, rows: Rows, tally: Tally) -> int:
         """Write test.jsonl; returns its rows."""
         num_rows = 0
         lines = chunked(self.collected.lines(np.sort(rows)))
@@ -319,7 +326,7 @@ class _Preparation:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What became of rows, counted by reason."""
 
     dropped: Counter[str] = field(default_factory=Counter)
@@ -366,6 +373,8 @@ def _as_text(
 
     Where there are no styles, as in a file, targets stand in brackets.
     """
+    from rich.text import Text
+
     special = np.isin(input_ids, [*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids])
     masked = labels == IGNORE
     # Runs of one style are decoded together: a character may be several tokens.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -92,6 +93,10 @@ class Rejected:
         if len(self._first) < _TOLD_ROWS:
             self._first.append(str(error))
 
+    def listed(self) -> str:
+        """The first of them, a line for each."""
+        return "".join(f"\n  {line}" for line in self._first)
+
     def check(self) -> None:
         """End the stage where rows were bad and none may be skipped.
 
@@ -112,7 +117,38 @@ class Rejected:
         )
 
 
-def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Collected:
+class FirstRows:
+    """Cuts each source off after its first rows, for a look at them before anything starts."""
+
+    def __init__(self, *, rows: int, num_bytes: int, seconds: float) -> None:
+        self._rows, self._bytes, self._seconds = rows, num_bytes, seconds
+        self.num_rows = 0
+        """Rows that were looked at."""
+        self.has_more = False
+        """Whether there are more."""
+
+    def of(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The first rows of a source; seconds are of this process's CPU time, so that other work makes no difference.
+
+        Args:
+            rows: all of them.
+
+        Yields:
+            So many, or fewer where they are long or take long to read.
+        """
+        end, size = time.process_time() + self._seconds, 0
+        for number, row in enumerate(rows):
+            size += len(str(row[2]))
+            if number and (number == self._rows or size > self._bytes or time.process_time() > end):
+                self.has_more = True
+                return
+            self.num_rows += 1
+            yield row
+
+
+def collect(
+    data: DataConfig, seed: int, path: Path, rejected: Rejected, first_rows: FirstRows | None = None
+) -> Collected:
     """Read, check and write down every row of every source.
 
     Args:
@@ -120,6 +156,7 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
         seed: of the choice where a source gives only some of its rows.
         path: the file that is written.
         rejected: takes the bad rows.
+        first_rows: cuts sources off; None reads them to their end.
 
     Returns:
         The collected rows.
@@ -137,6 +174,7 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
             before = len(starts)
             rows, reader = _open_source(source, data)
             formats.append(reader.format)
+            rows = first_rows.of(rows) if first_rows else rows
             for line in _read_rows(rows, reader, rejected):
                 starts.append(file.tell())
                 of_source.append(number)

@@ -12,7 +12,6 @@ from trainer.config import ModelConfig
 from trainer.data.sources import is_hub_id
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
-from trainer.hub import tokenizer_folder
 
 if TYPE_CHECKING:  # rows are read and checked before transformers is loaded
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -73,6 +72,8 @@ def tokenizer_place(model: ModelConfig) -> Path:
         return place
     if not is_hub_id(str(place)):
         raise TrainerError(f"model.name_or_path: there is no folder {place}")
+    from trainer.hub import tokenizer_folder  # loads the hub's client
+
     return tokenizer_folder(str(model.name_or_path), model.revision)
 
 
