@@ -94,12 +94,13 @@ def plan(
     folder = _folder(loaded, run_dir)
     if loaded.cluster.slurm is not None:
         loaded = with_site(loaded, None)  # as it would be submitted: what the job has counts, not this machine
-    typer.echo(planning.describe(loaded, folder, tokens_per_s=tokens_per_s, gpu_hour_price=gpu_hour_price))
+    look = planning.first_look(loaded)
+    typer.echo(planning.describe(loaded, folder, look, tokens_per_s=tokens_per_s, gpu_hour_price=gpu_hour_price))
     if scale:
         from launcher.estimate.scale import scale as scaled
 
         typer.echo("\n".join(["", *scaled(loaded, folder, network_bytes_per_s=network_gb_per_s * 1e9)]))
-    planning.check(loaded)
+    planning.check(loaded, look=look)
     if loaded.cluster.slurm is not None:
         place = Place(folder.resolve(), Path.cwd(), sys.executable)
         typer.echo(f"\nThe job's script:\n\n{whole_run(loaded, place)[0].text}", nl=False)
@@ -282,8 +283,8 @@ def _sweep(
     members = members_of(config, overrides, words, folder)
     if side_by_side > 1 and any(member.config.cluster.address == "local" for member in members):
         raise ConfigError("--side-by-side needs a Ray cluster that exists (cluster.address): each would take all here")
-    for member in members:
-        planning.check(member.config)
+    for member, look in zip(members, planning.first_looks([member.config for member in members]), strict=True):
+        planning.check(member.config, look=look)
     typer.echo(table(members, folder))
     write_members(members, folder)
     further = ["--strict"] if strict else []

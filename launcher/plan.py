@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import JudgeConfig, JuryJudge, ModelSource, VllmJudge, key_variables
@@ -12,22 +14,92 @@ from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.estimate import fit, memory, text
 from launcher.estimate.served import served_models
+from launcher.estimate.shapes import model_folder
 from launcher.placement import in_words
 from launcher.ray_cluster import Resources, misfits, resources_of, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
+from trainer.child import run_in_child
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
 from trainer.devices import card_problems, device_problems, gpu_problems, slow_precision
+from trainer.errors import TrainerError
 
 # vLLM 0.32's attention on CPUs.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def check(config: RunConfig, stages: Sequence[Stage] = STAGES) -> None:
+_FIRST_LOOK_S = 120.0  # a few seconds, but where the storage or the machine is slow
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What the first rows, the chat template and the tokenizer show.
+
+    Attributes:
+        problems: What prepare would refuse.
+        notes: What a person should know.
+    """
+
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def first_look(config: RunConfig) -> FirstLook:
+    """Look at the first rows, the chat template and the tokenizer, in a process of its own that loads no torch.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        What they show; nothing where some of the data, or the base, is not there, which `problems` names.
+    """
+    missing = [path for path in config.data.local_paths if _data_problems(path)]
+    name = config.model.name_or_path
+    if missing or (name is not None and _model_problems("model.name_or_path", name)):
+        return FirstLook()
+    base = None if name is None else model_folder(name, config.model.revision)
+    with tempfile.TemporaryDirectory(prefix="first-look-") as temporary:
+        try:
+            found = run_in_child(
+                "trainer.first_look:first_look",
+                config.trainer,
+                base,
+                environment={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},  # what is here, and no device
+                log=Path(temporary, "log"),  # what the libraries print for their own developers
+                timeout_s=_FIRST_LOOK_S,
+            )
+        except TrainerError as error:
+            return FirstLook(notes=(f"could not be looked at: {error}",))
+    return FirstLook(tuple(found["problems"]), tuple(found["notes"]))
+
+
+def first_looks(configs: Sequence[RunConfig]) -> list[FirstLook]:
+    """Look at what each run would read first; runs of the same data and base share one look.
+
+    Args:
+        configs: the configurations.
+
+    Returns:
+        What each one's rows show.
+    """
+    distinct: list[tuple[RunConfig, FirstLook]] = []
+    looks = []
+    for config in configs:
+        known = (look for other, look in distinct if (other.data, other.model) == (config.data, config.model))
+        look = next(known, None)
+        if look is None:
+            look = first_look(config)
+            distinct.append((config, look))
+        looks.append(look)
+    return looks
+
+
+def check(config: RunConfig, stages: Sequence[Stage] = STAGES, look: FirstLook | None = None) -> None:
     """Refuse what is known to be wrong, before anything starts.
 
     Args:
         config: the configuration.
         stages: the stages that shall run.
+        look: what the first rows show, where they have been looked at; None looks at them if they are to be prepared.
 
     Raises:
         ConfigError: with every problem found.
@@ -35,6 +107,9 @@ def check(config: RunConfig, stages: Sequence[Stage] = STAGES) -> None:
     found = problems(config, stages)
     if "generate" in stages:
         found += _serving_problems(config.tuning, config.export)
+    if look is None:
+        look = first_look(config) if "prepare" in stages else FirstLook()
+    found += look.problems
     if found:
         raise ConfigError("\n".join([*found, "nothing was started"]))
 
@@ -122,13 +197,19 @@ def _resource_lines(config: RunConfig, resources: Resources, known: bool) -> lis
 
 
 def describe(
-    config: RunConfig, run_dir: Path, *, tokens_per_s: float | None = None, gpu_hour_price: float | None = None
+    config: RunConfig,
+    run_dir: Path,
+    look: FirstLook | None = None,
+    *,
+    tokens_per_s: float | None = None,
+    gpu_hour_price: float | None = None,
 ) -> str:
     """The plan as text: where, with what, what it needs, and each stage's state.
 
     Args:
         config: the configuration.
         run_dir: the run's folder.
+        look: what the first rows show.
         tokens_per_s: speed of training to reckon with; None takes what the run has measured, if it has.
         gpu_hour_price: price of one worker's hour, in any currency; None tells no cost.
 
@@ -145,6 +226,7 @@ def describe(
         f"run        {config.run.name} in {run_dir}" + (f", copied to {config.run.url}" if config.run.url else ""),
         f"base       {config.model.name_or_path or 'a small Llama from scratch'}",
         f"data       {sources}, template {config.data.template}, loss on {config.data.train_on}",
+        *(f"rows       {note}" for note in (look.notes if look else ())),
         f"training   {config.tuning.method}, {training.num_workers} {device} workers, ZeRO-{config.deepspeed.stage}, "
         f"{training.precision}",
         f"batch      {training.global_batch_size} x {config.data.sequence_length} tokens an optimizer step: "

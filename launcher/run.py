@@ -49,7 +49,8 @@ def run_stages(
     Raises:
         ConfigError: before anything starts, if the configuration cannot work, or an earlier result is of another.
     """
-    plan.check(config, stages)
+    is_prepared = (run_dir / "prepare.record.json").is_file()
+    plan.check(config, stages, look=plan.FirstLook() if is_prepared else None)
     quieten()
     with open_run_directory(run_dir):
         copy = RunCopy(config.run.url, run_dir) if config.run.url else None

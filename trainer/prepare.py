@@ -15,28 +15,36 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.text import Text
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import DataConfig, TrainerConfig
 from trainer.data.collect import Collected, Rejected, collect, parse_line
 from trainer.data.conversation import BadRowError
 from trainer.data.encode import Settings, encode_chunk, encode_test_chunk
 from trainer.data.fingerprint import fingerprint, tokenizer_digest
-from trainer.data.leaks import Leaks, find_leaks
 from trainer.data.shards import IGNORE, PackedSplit, SplitWriter
 from trainer.data.sources import is_hub_id
 from trainer.data.splits import Rows, assign_splits, repeat_by_weight
 from trainer.data.spread import ChunkMap, LocalMap, chunked
 from trainer.data.templates import Renderer
-from trainer.data.tokenizer import load_tokenizer, scratch_tokenizer, train_tokenizer
+from trainer.data.tokenizer import (
+    load_tokenizer,
+    scratch_special_tokens,
+    scratch_tokenizer,
+    tokenizer_place,
+    train_tokenizer,
+)
 from trainer.errors import TrainerError
-from trainer.hub import is_commit
+
+if TYPE_CHECKING:  # rows are read and checked before these are loaded: transformers takes seconds, with torch many more
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.data.leaks import Leaks
 
 _ROWS_FOR_ONE_PROCESS = 20_000
 
@@ -96,7 +104,11 @@ def _is_fixed(config: TrainerConfig) -> bool:
     """Whether the base's tokenizer cannot change under the same name: what a branch on the hub holds, can."""
     model = config.model
     local = model.name_or_path is None or Path(model.name_or_path).is_dir()
-    return local or is_commit(model.revision)
+    if local:
+        return True
+    from trainer.hub import is_commit  # loads the hub's client
+
+    return is_commit(model.revision)
 
 
 def _summary_of(folder: Path, digest: str, config: TrainerConfig) -> dict[str, Any] | None:
@@ -134,11 +146,12 @@ def _replace(unfinished: Path, final: Path) -> None:
 def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: ChunkMap | None) -> dict[str, Any]:
     """Write the folder, and run_dir/base for a model from scratch; return the summary."""
     data = config.data
-    base_tokenizer = _base_tokenizer(config)
+    place = check_base(config)
     rejected = Rejected(folder / "rejected.jsonl", skip=data.on_bad_row == "skip")
     collected = collect(data, config.seed, folder / "rows.jsonl", rejected)
+    base_tokenizer = load_tokenizer(config.model, data.template, place) if place else None
     with LocalMap(_num_processes(data, collected.num_rows)) as on_this_machine:
-        preparation = _Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
+        preparation = Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
         splits, leaks = preparation.split()
         tokenizer = preparation.learn_tokenizer(splits["train"]) if base_tokenizer is None else base_tokenizer
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -149,17 +162,17 @@ def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: Chu
     return summary | {"leaks": leaks.as_json()}
 
 
-def _base_tokenizer(config: TrainerConfig) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer; None for a model from scratch, whose tokenizer is learned from the rows."""
+def check_base(config: TrainerConfig) -> Path | None:
+    """Refuse a base that can't be; the folder of its tokenizer, or None for one from scratch. Loads no library."""
     data, scratch = config.data, config.model.from_scratch
     if scratch is None:
-        return load_tokenizer(config.model, data.template)
+        return tokenizer_place(config.model)
     if data.sequence_length > scratch.max_position_embeddings:
         raise TrainerError(
             f"data.sequence_length is {data.sequence_length}, model.from_scratch.max_position_embeddings only "
             f"{scratch.max_position_embeddings}: lower the one or raise the other"
         )
-    scratch_tokenizer(data.template)  # refuses a template that it cannot have
+    scratch_special_tokens(data.template)
     return None
 
 
@@ -179,7 +192,7 @@ def _build_base(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, run_d
 
 
 @dataclass(frozen=True)
-class _Preparation:
+class Preparation:
     """One run of the stage, after the rows were collected; its methods are the steps."""
 
     config: TrainerConfig
@@ -190,6 +203,8 @@ class _Preparation:
 
     def split(self) -> tuple[dict[str, Rows], Leaks]:
         """The rows of each split, train rows as often as they are seen in an epoch; and what test rows they repeat."""
+        from trainer.data.leaks import find_leaks  # loads scipy
+
         data, seed = self.config.data, self.config.seed
         splits = assign_splits(self.collected, data.split, seed)
         splits["test"] = splits["test"][: data.max_test_rows]
@@ -221,10 +236,10 @@ class _Preparation:
 
         return train_tokenizer(texts(), data.template, scratch.vocab_size)
 
-    def write(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Write the shards and the test set; return the summary."""
+    def settings(self) -> Settings:
+        """All that decides what a row becomes, once the tokenizer has been saved."""
         data = self.config.data
-        settings = Settings(
+        return Settings(
             tokenizer=str(self.folder / "tokenizer"),
             tokenizer_digest=tokenizer_digest(self.folder / "tokenizer"),
             train_on=data.train_on,
@@ -233,9 +248,13 @@ class _Preparation:
             audit=data.audit,
             special_tokens=data.special_tokens,
         )
-        tally = _Tally()
-        writers = {name: self._encode(settings, name, splits[name], tally) for name in ("train", "validation")}
-        num_test = self._write_test(settings, splits["test"], tally)
+
+    def write(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Write the shards and the test set; return the summary."""
+        data, settings = self.config.data, self.settings()
+        tally = Tally()
+        writers = {name: self.encode(settings, name, splits[name], tally) for name in ("train", "validation")}
+        num_test = self.write_test(settings, splits["test"], tally)
         self.rejected.check()
         dropped = dict(tally.dropped + self.rejected.counts)
         counts = {
@@ -278,7 +297,7 @@ class _Preparation:
             ],
         }
 
-    def _encode(self, settings: Settings, name: str, rows: Rows, tally: _Tally) -> SplitWriter:
+    def encode(self, settings: Settings, name: str, rows: Rows, tally: Tally) -> SplitWriter:
         """Write the tokens of a split; its packs are planned when the writer finishes."""
         writer = SplitWriter(self.folder / name)
         lines = chunked(self.collected.lines(np.sort(rows)))
@@ -292,7 +311,7 @@ class _Preparation:
             writer.add_rows(chunk.row_ids, chunk.rows)
         return writer
 
-    def _write_test(self, settings: Settings, rows: Rows, tally: _Tally) -> int:
+    def write_test(self, settings: Settings, rows: Rows, tally: Tally) -> int:
         """Write test.jsonl; returns its rows."""
         num_rows = 0
         lines = chunked(self.collected.lines(np.sort(rows)))
@@ -308,7 +327,7 @@ class _Preparation:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What became of rows, counted by reason."""
 
     dropped: Counter[str] = field(default_factory=Counter)
@@ -330,6 +349,8 @@ def show(config: TrainerConfig, run_dir: Path, n: int, console: Console) -> None
     Raises:
         TrainerError: the data has not been prepared.
     """
+    from transformers import PreTrainedTokenizerFast
+
     split = PackedSplit.open(run_dir / "data" / "train")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run_dir / "data" / "tokenizer")
     for row in range(min(n, split.num_rows)):
@@ -353,6 +374,8 @@ def _as_text(
 
     Where there are no styles, as in a file, targets stand in brackets.
     """
+    from rich.text import Text
+
     special = np.isin(input_ids, [*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids])
     masked = labels == IGNORE
     # Runs of one style are decoded together: a character may be several tokens.

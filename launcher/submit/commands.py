@@ -272,10 +272,11 @@ def _check_request(configs: Sequence[RunConfig], *, split: bool, check_all: bool
     from launcher import plan
 
     found: dict[str, None] = {}
-    for config in configs:
+    looks = plan.first_looks(configs) if check_all else [plan.FirstLook()] * len(configs)
+    for config, look in zip(configs, looks, strict=True):
         parts = parts_of(config) if split else [STAGES]
         checks = [partial(check_job, config, part, split=split) for part in parts]
-        checks += [partial(plan.check, config)] if check_all else []
+        checks += [partial(plan.check, config, look=look)] if check_all else []
         for check in checks:
             try:
                 check()

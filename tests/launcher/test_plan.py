@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from launcher.errors import ConfigError
 from launcher.gpus import Gpu
 from launcher.ray_cluster import Resources, check_fits
 
+UNSEEN = plan.FirstLook()  # of a check that is not about rows
+
 
 def make(tmp_path: Path, **sections: Any) -> RunConfig:
     data = tmp_path / "rows.json"
@@ -20,14 +23,14 @@ def make(tmp_path: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(tree | sections)
 
 
-def problem(config: RunConfig) -> str:
+def problem(config: RunConfig, look: plan.FirstLook | None = UNSEEN) -> str:
     with pytest.raises(ConfigError) as caught:
-        plan.check(config)
+        plan.check(config, look=look)
     return str(caught.value)
 
 
 def test_a_sound_configuration_passes(tmp_path: Path) -> None:
-    plan.check(make(tmp_path))
+    plan.check(make(tmp_path), look=UNSEEN)
 
 
 def test_empty_data(tmp_path: Path) -> None:
@@ -49,7 +52,7 @@ def test_a_model_folder_must_hold_safe_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_text("")
     assert "model.safetensors is cut short or no safetensors file (0 bytes)" in problem(config)
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
-    plan.check(config)
+    plan.check(config, look=UNSEEN)
 
 
 def test_a_head_size_that_vllm_cannot_serve(tmp_path: Path) -> None:
@@ -61,10 +64,10 @@ def test_a_head_size_that_vllm_cannot_serve(tmp_path: Path) -> None:
 def test_what_vllm_cannot_serve_is_refused_where_it_would_be_served(tmp_path: Path) -> None:
     prompt = make(tmp_path, tuning={"method": "prompt"}, data={"path": str(tmp_path / "rows.json"), "packing": False})
     assert "vLLM serves no tuned prompts" in problem(prompt)
-    plan.check(prompt, ["prepare", "train", "export"])
+    plan.check(prompt, ["prepare", "train", "export"], look=UNSEEN)
     dora = {"method": "lora", "dora": True}
     assert "set export.merge: true" in problem(make(tmp_path, tuning=dora))
-    plan.check(make(tmp_path, tuning=dora, export={"merge": True}))
+    plan.check(make(tmp_path, tuning=dora, export={"merge": True}), look=UNSEEN)
 
 
 def test_a_judge_without_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +75,7 @@ def test_a_judge_without_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     judge = {"type": "api", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "MY_KEY"}
     assert "MY_KEY: that environment variable is not set" in problem(make(tmp_path, judge=judge))
     monkeypatch.setenv("MY_KEY", "x")
-    plan.check(make(tmp_path, judge=judge))
+    plan.check(make(tmp_path, judge=judge), look=UNSEEN)
 
 
 def test_a_further_model_that_is_not_there_is_told_before_training(
@@ -109,7 +112,7 @@ def test_benchmarks_are_refused_where_the_harness_is_missing(tmp_path: Path, mon
     config = make(tmp_path, generation={"lm_eval": ["arc_easy"]})
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     assert "pip install 'lm-eval[api]>=0.4.9'`, or take generation.lm_eval out" in problem(config)
-    plan.check(config, ["prepare", "train", "export"])
+    plan.check(config, ["prepare", "train", "export"], look=UNSEEN)
 
 
 def test_bf16_on_cards_that_lack_it_is_refused_before_anything_starts(
@@ -131,3 +134,53 @@ def test_bf16_on_cards_that_slurm_is_asked_for(tmp_path: Path, card: str, refuse
     config = make(tmp_path, cluster={"address": "auto", "device": "cuda", "slurm": {"gpus_per_node": f"{card}:1"}})
     found = plan.problems(config, ["train"])
     assert any(line.endswith("these have 7.0: set training.precision to fp16") for line in found) is refused
+
+
+def with_rows(tmp_path: Path, rows: list[dict[str, str]]) -> RunConfig:
+    config = make(tmp_path)
+    config.data.path.write_text(json.dumps(rows))
+    return config
+
+
+ROWS = [{"instruction": f"What is {i} + {i}?", "output": f"It is {2 * i}."} for i in range(40)]
+
+
+def test_a_bad_row_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    found = problem(with_rows(tmp_path, [ROWS[0] | {"output": ""}, *ROWS[1:]]), look=None)
+    assert "rows.json, row 1: output: is empty\nnothing was started" in found
+    plan.check(with_rows(tmp_path, [{}]), ["train", "export"])
+
+
+def test_plan_reports_what_the_first_rows_show(tmp_path: Path) -> None:
+    config = with_rows(tmp_path, ROWS)
+    look = plan.first_look(config)
+    assert look == plan.FirstLook(notes=("all 40 rows were looked at: alpaca",))
+    assert "\nrows       all 40 rows were looked at: alpaca\n" in plan.describe(config, tmp_path / "run", look)
+
+
+def test_rows_that_are_not_there_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "run_in_child", lambda *_, **__: pytest.fail("a process was started"))
+    config = make(tmp_path)
+    config.data.path.unlink()
+    assert plan.first_look(config) == plan.FirstLook()
+    assert plan.first_look(make(tmp_path, model={"name_or_path": str(tmp_path / "nothing")})) == plan.FirstLook()
+
+
+def test_a_look_that_does_not_end_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_FIRST_LOOK_S", 0.01)
+    (note,) = plan.first_look(make(tmp_path)).notes
+    assert "did not end within 0.01 s" in note
+
+
+def test_runs_of_the_same_rows_share_one_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[RunConfig] = []
+
+    def look(config: RunConfig) -> plan.FirstLook:
+        looked.append(config)
+        return plan.FirstLook(notes=(config.data.template,))
+
+    monkeypatch.setattr(plan, "first_look", look)
+    data = {"path": str(tmp_path / "rows.json"), "template": "chatml"}
+    configs = [make(tmp_path), make(tmp_path, data=data), make(tmp_path, training={"lr": 1e-4})]
+    assert [look.notes for look in plan.first_looks(configs)] == [("alpaca",), ("chatml",), ("alpaca",)]
+    assert looked == configs[:2]

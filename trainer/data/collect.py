@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -167,7 +168,38 @@ class _Reason:
         return f"{such_as}{self.error} ({self.count:,} rows, also {', '.join(self._others)}{more})"
 
 
-def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Collected:
+class FirstRows:
+    """Cuts each source off after its first rows, for a look at them before anything starts."""
+
+    def __init__(self, *, rows: int, num_bytes: int, seconds: float) -> None:
+        self._rows, self._bytes, self._seconds = rows, num_bytes, seconds
+        self.num_rows = 0
+        """Rows that were looked at."""
+        self.has_more = False
+        """Whether there are more."""
+
+    def of(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The first rows of a source; seconds are of this process's CPU time, so that other work makes no difference.
+
+        Args:
+            rows: all of them.
+
+        Yields:
+            So many, or fewer where they are long or take long to read.
+        """
+        end, size = time.process_time() + self._seconds, 0
+        for number, row in enumerate(rows):
+            size += len(str(row[2]))
+            if number and (number == self._rows or size > self._bytes or time.process_time() > end):
+                self.has_more = True
+                return
+            self.num_rows += 1
+            yield row
+
+
+def collect(
+    data: DataConfig, seed: int, path: Path, rejected: Rejected, first_rows: FirstRows | None = None
+) -> Collected:
     """Read, check and write down every row of every source.
 
     Args:
@@ -175,6 +207,7 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
         seed: of the choice where a source gives only some of its rows.
         path: the file that is written.
         rejected: takes the bad rows.
+        first_rows: cuts sources off; None reads them to their end.
 
     Returns:
         The collected rows.
@@ -193,6 +226,7 @@ def collect(data: DataConfig, seed: int, path: Path, rejected: Rejected) -> Coll
             before = len(starts)
             rows, reader = _open_source(source, data, rejected, fields)
             formats.append(reader.format)
+            rows = first_rows.of(rows) if first_rows else rows
             for line in _read_rows(rows, reader, rejected):
                 starts.append(file.tell())
                 of_source.append(number)

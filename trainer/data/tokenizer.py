@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -12,7 +12,6 @@ from trainer.config import ModelConfig
 from trainer.data.sources import is_hub_id
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
-from trainer.hub import tokenizer_folder
 
 if TYPE_CHECKING:  # rows are read and checked before transformers is loaded
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,12 +19,17 @@ if TYPE_CHECKING:  # rows are read and checked before transformers is loaded
 PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of the vocabulary, not a password
 
 
-def load_tokenizer(model: ModelConfig, template: TemplateName) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: ModelConfig, template: TemplateName, place: Path | None = None, *, with_torch: bool = True
+) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with the template and its stop token set.
 
     Args:
         model: names the base.
         template: how conversations are written.
+        place: folder of its tokenizer; None looks for it.
+        with_torch: whether to load torch, without which transformers can't read the class that the folder names: it
+            then loads tokenizer.json as it is.
 
     Returns:
         A tokenizer whose eos_token ends assistant turns and whose pad_token is set.
@@ -33,15 +37,14 @@ def load_tokenizer(model: ModelConfig, template: TemplateName) -> PreTrainedToke
     Raises:
         TrainerError: it cannot be loaded, or the template does not fit it.
     """
-    from transformers import AutoTokenizer  # loads torch, which a run from scratch does not need yet
-
-    place = Path(model.name_or_path or "")
-    if not place.is_dir():
-        if not is_hub_id(str(place)):
-            raise TrainerError(f"model.name_or_path: there is no folder {place}")
-        place = tokenizer_folder(str(model.name_or_path), model.revision)
+    place = place or tokenizer_place(model)
+    loader: Any
+    if with_torch:
+        from transformers import AutoTokenizer as loader  # noqa: N813 - one of two, by one name
+    else:
+        from transformers import PreTrainedTokenizerFast as loader  # noqa: N813
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # what a broken file makes the libraries raise is anything
         raise TrainerError(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
@@ -50,6 +53,28 @@ def load_tokenizer(model: ModelConfig, template: TemplateName) -> PreTrainedToke
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_place(model: ModelConfig) -> Path:
+    """The folder with the base model's tokenizer; of a hub id its small files are downloaded. No library is loaded.
+
+    Args:
+        model: names the base.
+
+    Returns:
+        The folder, in place or in the hub's cache.
+
+    Raises:
+        TrainerError: there is no such folder, or the hub does not give the files.
+    """
+    place = Path(model.name_or_path or "")
+    if place.is_dir():
+        return place
+    if not is_hub_id(str(place)):
+        raise TrainerError(f"model.name_or_path: there is no folder {place}")
+    from trainer.hub import tokenizer_folder  # loads the hub's client
+
+    return tokenizer_folder(str(model.name_or_path), model.revision)
 
 
 def scratch_tokenizer(template: TemplateName) -> PreTrainedTokenizerFast:
@@ -73,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], template: TemplateName, vocab_size: in
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_special_tokens(template),
+        special_tokens=scratch_special_tokens(template),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -81,7 +106,18 @@ def train_tokenizer(texts: Iterable[str], template: TemplateName, vocab_size: in
     return _wrap(tokenizer, template)
 
 
-def _special_tokens(template: TemplateName) -> list[str]:
+def scratch_special_tokens(template: TemplateName) -> list[str]:
+    """The special tokens of a tokenizer learned for a built-in template, the stop token first.
+
+    Args:
+        template: the template's name.
+
+    Returns:
+        The tokens, the one for padding last.
+
+    Raises:
+        TrainerError: the template is the tokenizer's own, and one that is yet to be learned has none.
+    """
     known = built_in(template)
     if known is None:
         raise TrainerError(
@@ -94,7 +130,7 @@ def _special_tokens(template: TemplateName) -> list[str]:
 def _wrap(tokenizer: Tokenizer, template: TemplateName) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    stop, *others = _special_tokens(template)
+    stop, *others = scratch_special_tokens(template)
     tokenizer.add_special_tokens([stop, *others])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
