@@ -215,7 +215,7 @@ def test_bad_rows_fail_together_or_are_skipped_and_told(tmp_path, base):
     rows[3]["output"] = ""
     path = write(tmp_path / "rows.json", rows)
     with pytest.raises(
-        TrainerError, match=r"rows.json, row 4: output: is empty; mend the row, or set data.on_bad_row: skip"
+        TrainerError, match=r"rows.json, row 4: output: is empty; fix the row, or set data.on_bad_row: skip"
     ):
         prepare(configure(path, base), tmp_path / "run")
     del rows[7]["instruction"]
@@ -224,8 +224,8 @@ def test_bad_rows_fail_together_or_are_skipped_and_told(tmp_path, base):
     with pytest.raises(TrainerError) as told:
         prepare(configure(path, base, template="chat"), tmp_path / "run")
     assert re.fullmatch(
-        r"2 rows cannot be used, these 2:\n  \S*rows.json, row 4: output: is empty\n  \S*rows.json, row 8: "
-        r"instruction: is missing; .*\nAll of them stand in (\S*/rejected.jsonl). Mend them, or set data.*: skip.*",
+        r"2 rows cannot be used:\n  \S*rows.json, row 4: output: is empty\n  \S*rows.json, row 8: "
+        r"instruction: is missing; .*\nAll of them are listed in (\S*/rejected.jsonl). Fix them, or set data.*: skip.*",
         str(told.value),
     )
     assert not (tmp_path / "run" / "data").exists()
@@ -239,13 +239,15 @@ def test_bad_rows_fail_together_or_are_skipped_and_told(tmp_path, base):
     ]
 
 
-def test_of_many_bad_rows_the_first_are_told_and_all_are_listed(tmp_path, base):
+def test_equal_reasons_are_one_line_and_all_rows_are_listed(tmp_path, base):
     rows = [row | {"output": row["output"] + "</s>"} for row in make_rows(60)]
     path = write(tmp_path / "rows.json", rows)
-    with pytest.raises(TrainerError, match=r"^60 rows cannot be used, the first 20:\n") as told:
+    with pytest.raises(
+        TrainerError, match=r"^60 rows cannot be used:\n.*row \d+: messages.*\(60 rows, also .*, …"
+    ) as told:
         prepare(configure(path, base, template="chat"), tmp_path / "run")
-    assert str(told.value).count("spells the special token '</s>'") == 20
-    listed = re.search(r"stand in (\S*/rejected.jsonl)", str(told.value))[1]
+    assert str(told.value).count("spells the special token '</s>'") == 1
+    listed = re.search(r"listed in (\S*/rejected.jsonl)", str(told.value))[1]
     assert len(Path(listed).read_text().splitlines()) == 60
 
 
@@ -437,7 +439,7 @@ def test_show_dims_what_is_masked_and_escapes_what_moves_the_cursor(tmp_path, ba
     [
         (lambda rows: rows[:3], "leaves .*without a row"),
         (lambda rows: [], "rows.json holds no rows"),
-        (lambda rows: [*rows, rows[0]], r"two rows have the id 'r0': .*row 1, and .*row 31"),
+        (lambda rows: [*rows, rows[0]], r"row 31: id: 'r0' is the id of .*row 1, too; make ids unique"),
     ],
 )
 def test_data_that_cannot_be_used(tmp_path, base, change, words):
@@ -462,7 +464,7 @@ def test_data_that_cannot_be_used(tmp_path, base, change, words):
         (
             None,
             {"split": {"type": "column", "column": "category"}},
-            "category is 'kind 0', which is none of train, valid",
+            "category: is 'kind 0', which is none of train, valid",
         ),
         (None, {"split": {"type": "files", "validation": "v.json", "test": "t.json"}}, "no file or folder v.json"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +131,7 @@ class Rejected:
             + way_out
         )
 
-    def check_source(self, path: str) -> None:
+    def check_source(self, path: str) -> NoReturn:
         """End the stage where a source gave no row at all.
 
         Args:
@@ -267,7 +268,10 @@ def _open_source(
     rows = read_source(source)
     form = source.format
     if form == "auto":
+        before = rejected.counts["bad row"]
         first = _first_readable(rows, rejected)
+        if not first and rejected.counts["bad row"] == before:
+            raise TrainerError(f"data: {source.path} holds no rows")
         if not first:
             rejected.check_source(source.path)
         form = detect_format([row for *_, row in first], source.path)
