@@ -22,6 +22,7 @@ from launcher.run_directory import is_held, open_run_directory, write_atomically
 from launcher.stage_process import estimate_apart, generate_apart, judge_apart, prepare_apart, quieten
 from launcher.stages import STAGES, Differs, Finished, Stage, begin, finish, state_of
 from launcher.storage import RunCopy
+from trainer.data.fields import unknown_lines
 from trainer.stopping import clear_stop, stop_on_signals
 
 
@@ -350,11 +351,7 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
         lines.append(f"the longest row has {longest:,} tokens, data.sequence_length is {length:,}")
     lines += [f"cut, {reason}: {count:,} rows" for reason, count in counts["truncated"].items()]
     lines += [f"kept, {reason}: {count:,} rows" for reason, count in counts.get("noticed", {}).items()]
-    lines += [
-        f"not read, the field {name}: {use['rows']:,} rows, the first {use['first']}; where that is meant, name it in "
-        "data.metadata_fields"
-        for name, use in counts.get("unknown_fields", {}).items()
-    ]
+    lines += unknown_lines(counts.get("unknown_fields", {}))
     leaks = counts.get("leaks", {})
     if leaks.get("exact_train_rows") or leaks.get("near_train_rows"):
         fate = (

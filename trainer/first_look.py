@@ -15,6 +15,7 @@ import numpy as np
 
 from trainer.config import DataConfig, FileSplit, RatioSplit, SourceConfig, TrainerConfig
 from trainer.data.collect import Collected, FirstRows, Rejected, collect
+from trainer.data.fields import unknown_lines
 from trainer.data.sources import is_hub_id
 from trainer.data.splits import assign_splits
 from trainer.data.spread import LocalMap
@@ -79,6 +80,8 @@ class _Look:
         of = "all" if self.is_complete else "the first"
         forms = ", ".join(dict.fromkeys(collected.formats))
         self.notes.append(f"{of} {self.num_rows:,} rows were looked at: {forms}")
+        if data.unknown_fields != "ignore":
+            self.notes += unknown_lines(collected.fields.unknown)
         if self.is_complete:
             assign_splits(collected, data.split, seed)
         return collected

@@ -22,12 +22,13 @@ def test_nothing_is_left_out_in_silence() -> None:
             dropped={"overlong": 3, "bad row": 2},
             truncated={"response": 2},
             noticed={"odd": 1},
+            unknown_fields={"mood": {"rows": 3, "first": "a.json, row 7"}},
             longest_row_tokens=3000,
             leaks={"exact_train_rows": 4, "near_train_rows": 1},
         ),
         "warn",
     )
-    assert told[:7] == [
+    assert told[:8] == [
         "1,200 train, 60 validation, 140 test rows, read as alpaca",
         "train: 8,000 of 64,000 tokens are targets, 96.2% of 130 packs is filled",
         "dropped, overlong: 3 rows",
@@ -35,8 +36,9 @@ def test_nothing_is_left_out_in_silence() -> None:
         "the longest row has 3,000 tokens, data.sequence_length is 512",
         "cut, response: 2 rows",
         "kept, odd: 1 rows",
+        "the field mood is not read: 3 rows, the first a.json, row 7",
     ]
-    assert told[7].startswith(
+    assert told[8].startswith(
         "leaks: train rows that ask a test row's question: 4, near duplicates of a test row: 1; they stay in training"
     )
 

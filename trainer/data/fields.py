@@ -227,11 +227,24 @@ class FieldNotes:
         """
         if policy != "fail" or not self.unknown:
             return
-        lines = [f"{name}: {use['rows']:,} rows, the first {use['first']}" for name, use in self.unknown.items()]
         names = ", ".join(sorted({name.rpartition(".")[2].partition(" ")[0] for name in self.unknown}))
         raise TrainerError(
             "rows have fields that nothing reads:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(unknown_lines(self.unknown))
             + f"\nTake them out, name them in data.metadata_fields: [{names}] where they say nothing that is to be "
             "learned, or set data.unknown_fields: warn"
         )
+
+
+def unknown_lines(unknown: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Fields that nothing reads, a line for each.
+
+    Args:
+        unknown: of FieldNotes, or of a summary.
+
+    Returns:
+        Lines with the number of rows and the place of the first.
+    """
+    return [
+        f"the field {name} is not read: {use['rows']:,} rows, the first {use['first']}" for name, use in unknown.items()
+    ]

@@ -93,7 +93,9 @@ def test_unknown_fields_warn_fail_or_are_ignored(tmp_path):
     collected, _ = run(tmp_path, lines)
     assert {name: use["rows"] for name, use in collected.fields.unknown.items()} == {"mood": 2}
     assert collected.fields.unknown["mood"]["first"].endswith("rows.jsonl, row 2")
-    with pytest.raises(TrainerError, match=r"mood: 2 rows, the first .*row 2\n.*data.metadata_fields: \[mood\]"):
+    with pytest.raises(
+        TrainerError, match=r"mood is not read: 2 rows, the first .*row 2\n.*data.metadata_fields: \[mood\]"
+    ):
         run(tmp_path, lines, unknown_fields="fail")
     assert run(tmp_path, lines, unknown_fields="fail", metadata_fields=("mood",))[0].num_rows == 3
     assert run(tmp_path, lines, unknown_fields="ignore")[0].num_rows == 3

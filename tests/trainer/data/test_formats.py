@@ -1,13 +1,16 @@
 """Rows of every form -> conversations, and the reason for each row that cannot be used."""
 
+import copy
 import json
 import pickle
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trainer.config import Columns
 from trainer.data.conversation import BadRowError
-from trainer.data.fields import FieldNotes
+from trainer.data.fields import FieldNotes, is_blank
 from trainer.data.formats import RowReader, detect_format
 from trainer.data.messages import ROLE_WORDS, MessageRules
 from trainer.errors import TrainerError
@@ -539,7 +542,7 @@ def test_unknown_fields_are_counted_once_a_row():
     notes.check("warn")
     notes.check("ignore")
     with pytest.raises(
-        TrainerError, match=r"emotion: 2 rows, the first a.jsonl, row 3(.|\n)*metadata_fields: \[colour, "
+        TrainerError, match=r"emotion is not read: 2 rows, the first a.jsonl, row 3(.|\n)*metadata_fields: \[colour, "
     ):
         notes.check("fail")
     reader.read(CHAT, "d")
@@ -562,3 +565,69 @@ def test_most_rows_decide_the_form():
         read(CHAT, "alpaca")
     with pytest.raises(BadRowError, match="part: is 'dev', which is none of train, val, test: name your values"):
         read(ALPACA | {"part": "dev"}, split_column="part", splits=("train", "val", "test"))
+
+
+# Names that mean something to the reader, in rows, messages, parts, tool calls and schemas.
+_NAMES = (
+    *("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "response", "history"),
+    *(
+        "system",
+        "tools",
+        "functions",
+        "chat_template_kwargs",
+        "enable_thinking",
+        "thinking",
+        "chosen",
+        "rejected",
+        "id",
+    ),
+    *(
+        "role",
+        "from",
+        "content",
+        "value",
+        "weight",
+        "train",
+        "masked",
+        "reasoning",
+        "tool_calls",
+        "function_call",
+        "name",
+    ),
+    *("type", "text", "function", "arguments", "parameters", "properties", "required", "human", "assistant", "mood"),
+)
+_WORDS = ("user", "assistant", "system", "tool", "tool_call", "function", "text", "thinking", "tool_use", "tool_result")
+_LEAVES = st.sampled_from(
+    [None, True, False, 0, 1, 0.5, float("nan"), "", " ", "Q", "[]", "{}", '{"name": "f"}', *_WORDS]
+)
+_VALUES = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_NAMES), inner, max_size=4)
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(_NAMES), _VALUES, max_size=4), st.integers(0, 2))
+def test_any_row_is_read_or_refused_with_a_reason(extra, base):
+    row = copy.deepcopy([{}, ALPACA, CHAT][base]) | extra
+    if "messages" in extra and base == 2:
+        row["messages"] = [USER, ANSWER | {"mood": extra["messages"]}]
+    before = copy.deepcopy(row)
+    try:
+        found = read(row, ["messages", "alpaca", "messages"][base])
+    except BadRowError as error:
+        assert error.reason
+    else:
+        json.dumps(vars(found), allow_nan=False)
+        assert found.messages[-1]["role"] == "assistant"
+        assert repr(row) == repr(before)  # reading changes nothing
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text("ab[. é", min_size=1), st.text("ab[. é", min_size=1), _LEAVES)
+def test_any_unknown_field_is_reported_unless_blank(row_field, message_field, value):
+    notes = FieldNotes()
+    row_field, message_field = f"x-{row_field}", f"x-{message_field}"
+    read({"messages": [USER | {message_field: value}, ANSWER], row_field: value}, notes=notes)
+    expected = set() if is_blank(value) else {f"messages[].{message_field}", row_field}
+    restated = {row_field} if value == "Q" else set()
+    assert notes.unknown.keys() == expected - restated
