@@ -225,9 +225,8 @@ def collect(
     with path.open("wb") as file:
         for number, (source, split) in enumerate(sources):
             before = len(starts)
-            rows, reader = _open_source(source, data, rejected, fields)
+            rows, reader = _open_source(source, data, rejected, fields, first_rows)
             formats.append(reader.format)
-            rows = first_rows.of(rows) if first_rows else rows
             for line in _read_rows(rows, reader, rejected):
                 starts.append(file.tell())
                 of_source.append(number)
@@ -263,9 +262,10 @@ def _sources_with_splits(data: DataConfig) -> list[tuple[SourceConfig, int]]:
 
 
 def _open_source(
-    source: SourceConfig, data: DataConfig, rejected: Rejected, fields: FieldNotes
+    source: SourceConfig, data: DataConfig, rejected: Rejected, fields: FieldNotes, first_rows: FirstRows | None
 ) -> tuple[Iterator[Row], RowReader]:
     rows = read_source(source)
+    rows = first_rows.of(rows) if first_rows else rows
     form = source.format
     if form == "auto":
         before = rejected.counts["bad row"]
