@@ -80,6 +80,7 @@ class _Look:
         of = "all" if self.is_complete else "the first"
         forms = ", ".join(dict.fromkeys(collected.formats))
         self.notes.append(f"{of} {self.num_rows:,} rows were looked at: {forms}")
+        self.notes += collected.notes
         if data.unknown_fields != "ignore":
             self.notes += unknown_lines(collected.fields.unknown)
         if self.is_complete:
