@@ -71,18 +71,21 @@ class _Look:
             if source not in here:
                 self.is_complete = False
                 self.notes.append(f"{source.path} is a hub id: prepare downloads its rows, they were not looked at")
-        rejected = Rejected(folder / "rejected.jsonl", skip=True)
-        readable = [read for source in here if (read := self._source(source, folder, rejected))]
-        self._bad_rows(rejected)
+        apart, together = (Rejected(folder / "rejected.jsonl", skip=True) for _ in range(2))
+        readable = [read for source in here if (read := self._source(source, folder, apart))]
         if self.problems or not readable:
+            self._bad_rows(apart)
             return None
-        collected = _collect(_with_sources(data, readable), seed, folder, rejected, _first_rows())
+        collected = _collect(_with_sources(data, readable), seed, folder, together, _first_rows())
+        # Together they may repeat an id; of a source without a usable row they have none.
+        self._bad_rows(max(apart, together, key=lambda rejected: rejected.counts["bad row"]))
         of = "all" if self.is_complete else "the first"
         forms = ", ".join(dict.fromkeys(collected.formats))
         self.notes.append(f"{of} {self.num_rows:,} rows were looked at: {forms}")
         self.notes += collected.notes
         if data.unknown_fields != "ignore":
             self.notes += unknown_lines(collected.fields.unknown)
+        self.notes += [f"{count:,} of them: {reason}" for reason, count in collected.fields.noticed.items()]
         if self.is_complete:
             assign_splits(collected, data.split, seed)
         return collected
@@ -106,8 +109,9 @@ class _Look:
         try:
             _collect(_with_sources(data, [whole]), self.config.seed, folder, rejected, first)
         except TrainerError as error:
-            if not (first.has_more and rejected.counts["bad row"] > before):
-                self.problems.append(str(error))
+            has_bad_rows = rejected.counts["bad row"] > before  # which are reported by themselves
+            if not (first.has_more and has_bad_rows):
+                self.problems.append(str(error).partition(":\n")[0] if has_bad_rows else str(error))
             source = None
         self.num_rows += first.num_rows
         self.is_complete = self.is_complete and not first.has_more

@@ -233,9 +233,8 @@ def collect(
     with path.open("wb") as file:
         for number, (source, split) in enumerate(sources):
             before = len(starts)
-            rows, reader = _open_source(source, data, rejected, fields, notes.append)
+            rows, reader = _open_source(source, data, rejected, fields, notes.append, first_rows)
             formats.append(reader.format)
-            rows = first_rows.of(rows) if first_rows else rows
             for line in _read_rows(rows, reader, rejected, prefixes):
                 starts.append(file.tell())
                 of_source.append(number)
@@ -339,9 +338,15 @@ def _several_splits(source: SourceConfig, names: list[str], *, is_clear: bool) -
 
 
 def _open_source(
-    source: SourceConfig, data: DataConfig, rejected: Rejected, fields: FieldNotes, note: Note
+    source: SourceConfig,
+    data: DataConfig,
+    rejected: Rejected,
+    fields: FieldNotes,
+    note: Note,
+    first_rows: FirstRows | None,
 ) -> tuple[Iterator[Row], RowReader]:
     rows = read_source(source, note)
+    rows = first_rows.of(rows) if first_rows else rows
     form = source.format
     if form == "auto":
         before = rejected.counts["bad row"]
