@@ -127,7 +127,7 @@ def test_an_id_that_two_sources_have(tmp_path):
 def test_a_field_that_nothing_reads_is_a_note(tmp_path):
     found = first_look(configure(tmp_path, rows(wisdom="yes")), None)
     assert found["problems"] == []
-    assert "nothing reads the field wisdom: 1 of them, the first" in found["notes"][1]
+    assert "the field wisdom is not read: 1 rows, the first" in found["notes"][1]
     found = first_look(configure(tmp_path, rows(wisdom="yes"), unknown_fields="fail"), None)
     assert "rows have fields that nothing reads" in found["problems"][0]
 
