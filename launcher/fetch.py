@@ -61,7 +61,7 @@ def wanted_of(config: RunConfig) -> list[Wanted]:
     Returns:
         Models and data sets, in the order of the stages that need them.
     """
-    from trainer.data.sources import is_hub_id
+    from trainer.data.names import is_hub_id
 
     found: dict[tuple[str, str, str | None], Wanted] = {}
     for wanted in _named(config):
@@ -71,8 +71,9 @@ def wanted_of(config: RunConfig) -> list[Wanted]:
 
 
 def _named(config: RunConfig) -> Iterator[Wanted]:
-    for number, source in enumerate(config.data.sources):
-        yield Wanted(f"data.sources.{number}.path", "dataset", source.path, source.revision)
+    for number, source in enumerate(config.data.all_sources):
+        key = f"data.sources.{number}.path" if config.data.sources else "data.path"
+        yield Wanted(key, "dataset", source.path, source.revision)
     if config.model.name_or_path is not None:
         yield Wanted("model.name_or_path", "model", config.model.name_or_path, config.model.revision)
     for name, model in config.generation.models.items():

@@ -352,6 +352,7 @@ def told_of(counts: dict[str, Any], leaks_policy: str) -> list[str]:
     lines += [f"cut, {reason}: {count:,} rows" for reason, count in counts["truncated"].items()]
     lines += [f"kept, {reason}: {count:,} rows" for reason, count in counts.get("noticed", {}).items()]
     lines += unknown_lines(counts.get("unknown_fields", {}))
+    lines += counts.get("notes", [])
     leaks = counts.get("leaks", {})
     if leaks.get("exact_train_rows") or leaks.get("near_train_rows"):
         fate = (

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from trainer.data.names import is_hub_id
 from trainer.errors import TrainerError
 
 
@@ -65,10 +66,10 @@ class ModelConfig(Section):
 # --- data -----------------------------------------------------------------------------------------
 
 
-class RatioSplit(Section):
+class Shares(Section):
     """Shares of the rows, cut after one seeded shuffle; they add up to 1."""
 
-    type: Literal["ratios"] = "ratios"
+    type: str
     train: float = Field(0.85, gt=0, lt=1, description="Share of rows trained on.")
     validation: float = Field(0.05, gt=0, lt=1, description="Share of rows whose loss is watched.")
     test: float = Field(0.10, gt=0, lt=1, description="Share of rows that the models answer and the judge scores.")
@@ -80,6 +81,22 @@ class RatioSplit(Section):
         if abs(total - 1) > 1e-9:
             raise ValueError(f"train + validation + test must be 1, they are {total:g}")
         return self
+
+
+class AutoSplit(Shares):
+    """The splits that a source holds, in files or folders of such names or on the hub; what it lacks is cut by shares.
+
+    A source that holds no splits is cut by the three shares, and one without a test split has its test rows cut from
+    its train rows.
+    """
+
+    type: Literal["auto"] = "auto"
+
+
+class RatioSplit(Shares):
+    """Shares of the rows, cut after one seeded shuffle, from sources that hold no splits of their own."""
+
+    type: Literal["ratios"] = "ratios"
 
 
 class FileSplit(Section):
@@ -106,7 +123,10 @@ def _split_type(value: Any) -> str:  # noqa: ANN401 - pydantic gives whatever st
 
 
 SplitConfig = Annotated[
-    Annotated[RatioSplit, Tag("ratios")] | Annotated[FileSplit, Tag("files")] | Annotated[ColumnSplit, Tag("column")],
+    Annotated[AutoSplit, Tag("auto")]
+    | Annotated[RatioSplit, Tag("ratios")]
+    | Annotated[FileSplit, Tag("files")]
+    | Annotated[ColumnSplit, Tag("column")],
     Discriminator(_split_type),
 ]
 
@@ -129,13 +149,18 @@ class SourceConfig(Section):
 
     path: str = Field(
         min_length=1,
-        description="JSON, JSONL, Parquet or CSV file (JSON and JSONL also .gz), a folder of them, a folder written by "
-        "datasets' save_to_disk, or a data set's hub id.",
+        description="JSON, JSONL, Parquet, Arrow or CSV file (also .gz, .bz2, .xz, .zst, .lz4), a folder of them, a "
+        "folder written by datasets' save_to_disk, or a data set's hub id.",
     )
     format: RowFormat = Field("auto", description="Form of the rows; auto decides from the first hundred.")
     columns: Columns | None = Field(None, description="Names of the columns, for format columns.")
     subset: str | None = Field(None, description="Configuration of a data set on the hub.")
-    hub_split: str = Field("train", description="Split of a data set on the hub or of a saved DatasetDict.")
+    hub_split: str | None = Field(
+        None,
+        min_length=1,
+        description="Split that is read of a folder, a saved DatasetDict or a data set on the hub; several are joined "
+        "by +, all takes all. Null: all, each as the split that its name says, which data.split: {type: auto} needs.",
+    )
     revision: str | None = Field(
         None, description="Branch, tag or commit on the hub; resolved to a commit and recorded."
     )
@@ -155,13 +180,15 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Which rows, how they are written as text, which tokens carry loss, how they are packed."""
 
-    path: Path | None = Field(None, description="File or folder of instructions; short for one source.")
+    path: Path | None = Field(None, description="File, folder or hub id of instructions; short for one source.")
     sources: tuple[SourceConfig, ...] = Field((), description="Where rows come from, when it is more than one path.")
     template: Literal["alpaca", "phi3", "chatml", "chat"] = Field(
         "alpaca", description="How a conversation becomes text; chat is the tokenizer's own chat template."
     )
     split: SplitConfig = Field(
-        default_factory=RatioSplit, description="Which rows are train, validation and test: ratios, files or a column."
+        default_factory=AutoSplit,
+        description="Which rows are train, validation and test: auto (as the sources hold them, else by shares), "
+        "ratios, files or a column.",
     )
     max_test_rows: int | None = Field(None, ge=1, description="Most test rows, a seeded choice; null keeps all.")
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
@@ -231,8 +258,10 @@ class DataConfig(Section):
 
     @property
     def local_paths(self) -> tuple[Path, ...]:
-        """Every file or folder that rows are read from; a source that is not there may be a hub id and is left out."""
-        own = (self.path,) if self.path else tuple(p for s in self.sources if (p := Path(s.path)).exists())
+        """Every file or folder that rows are read from; hub ids, and sources that are not there, are left out."""
+        own: tuple[Path, ...] = tuple(p for s in self.sources if (p := Path(s.path)).exists())
+        if self.path is not None and not is_hub_id(str(self.path)):
+            own = (self.path,)
         return own + ((self.split.validation, self.split.test) if isinstance(self.split, FileSplit) else ())
 
 

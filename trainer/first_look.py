@@ -82,9 +82,10 @@ class _Look:
         of = "all" if self.is_complete else "the first"
         forms = ", ".join(dict.fromkeys(collected.formats))
         self.notes.append(f"{of} {self.num_rows:,} rows were looked at: {forms}")
-        self.notes += [f"{count:,} of them: {reason}" for reason, count in collected.fields.noticed.items()]
+        self.notes += collected.notes
         if data.unknown_fields != "ignore":
             self.notes += unknown_lines(collected.fields.unknown)
+        self.notes += [f"{count:,} of them: {reason}" for reason, count in collected.fields.noticed.items()]
         if self.is_complete:
             assign_splits(collected, data.split, seed)
         return collected
@@ -180,6 +181,11 @@ def _collect(data: DataConfig, seed: int, folder: Path, rejected: Rejected, firs
 
 def _with_sources(data: DataConfig, sources: list[SourceConfig]) -> DataConfig:
     return data.model_copy(update={"path": None, "sources": tuple(sources)})
+
+
+def _all_of(source: SourceConfig) -> SourceConfig:
+    """The source without its limit, which its first rows need not reach."""
+    return source.model_copy(update={"num_rows": None})
 
 
 def _is_plain(base: Path) -> bool:

@@ -25,8 +25,8 @@ from trainer.data.collect import Collected, Rejected, collect, parse_line
 from trainer.data.conversation import BadRowError
 from trainer.data.encode import Settings, encode_chunk, encode_test_chunk
 from trainer.data.fingerprint import fingerprint, tokenizer_digest
+from trainer.data.names import is_hub_id, missing
 from trainer.data.shards import IGNORE, PackedSplit, SplitWriter
-from trainer.data.sources import is_hub_id
 from trainer.data.splits import Rows, assign_splits, repeat_by_weight
 from trainer.data.spread import ChunkMap, LocalMap, chunked
 from trainer.data.templates import Renderer
@@ -80,7 +80,8 @@ def prepare(config: TrainerConfig, run_dir: Path, *, map_chunks: ChunkMap | None
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     summary = _prepare(config, folder, run_dir, map_chunks) | {"fingerprint": digest}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "summary.json").write_text(written + "\n", encoding="utf-8")
     _replace(folder, run_dir / "data")
     if stored:
         _copy(run_dir, stored)
@@ -89,15 +90,15 @@ def prepare(config: TrainerConfig, run_dir: Path, *, map_chunks: ChunkMap | None
 
 def _pinned(data: DataConfig) -> DataConfig:
     """The data section with every hub source at a commit; every other source must be there."""
-    for path in (*data.local_paths, *(Path(source.path) for source in data.sources if not is_hub_id(source.path))):
+    for path in (*data.local_paths, *(Path(s.path) for s in data.all_sources if not is_hub_id(s.path))):
         if not path.exists():
-            raise TrainerError(f"data: there is no file or folder {path}")
-    if not any(is_hub_id(source.path) for source in data.sources):
+            raise TrainerError(f"data: {missing(path)}")
+    if not any(is_hub_id(source.path) for source in data.all_sources):
         return data
     from trainer.data.hub import pin  # loads the datasets library
 
-    sources = tuple(pin(source) if is_hub_id(source.path) else source for source in data.sources)
-    return data.model_copy(update={"sources": sources})
+    sources = tuple(pin(source) if is_hub_id(source.path) else source for source in data.all_sources)
+    return data.model_copy(update={"path": None, "sources": sources})
 
 
 def _is_fixed(config: TrainerConfig) -> bool:
@@ -291,6 +292,7 @@ class Preparation:
             "special_tokens": data.special_tokens,
             "sequence_length": data.sequence_length,
             "audited": data.audit,
+            "notes": list(self.collected.notes),
             "sources": [
                 {"path": source.path, "format": form, "revision": source.revision}
                 for source, form in zip(data.all_sources, formats, strict=False)

@@ -19,6 +19,7 @@ import launcher
 from launcher.config import RunConfig, dump_config
 from launcher.errors import ConfigError, LauncherError
 from launcher.submit.sweep import Member, settings_of
+from trainer.data.names import is_hub_id
 
 PACKAGES = ("launcher", "trainer", "evaluation", "slurm")
 SUFFIXES = {".py", ".sh", ".html", ".css", ".js", ".j2", ".json", ".jinja", ".txt"}
@@ -75,7 +76,7 @@ def made_absolute(config: RunConfig, working_folder: Path) -> RunConfig:
             section[key] = str(working_folder / value)
 
     absolute(tree["run"], "work" if config.run.url else "storage", always=True)
-    absolute(tree["data"], "path", always=True)
+    absolute(tree["data"], "path", always=not is_hub_id(str(config.data.path)))
     absolute(tree["data"], "cache", always=True)
     for source in tree["data"]["sources"]:
         absolute(source, "path")

@@ -109,6 +109,29 @@ def test_where_all_rows_are_seen_too_few_are_refused(tmp_path):
     assert found == [f"data: num_rows of {source['path']} is 50, but it has 40 usable rows"]
 
 
+def test_rows_that_cannot_be_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("no JSON\n" * 300)
+    (found,) = first_look(configure(tmp_path, sources=[{"path": str(tmp_path / "rows.jsonl")}]), None)["problems"]
+    assert "100 of the first 100 rows cannot be used" in found
+    assert "line 1 is not valid JSON" in found
+    assert "first-look-" not in found
+
+
+def test_an_id_that_two_sources_have(tmp_path):
+    sources = [{"path": write(tmp_path / name, rows(id="same"))} for name in ("a.jsonl", "b.jsonl")]
+    (found,) = first_look(configure(tmp_path, sources=sources), None)["problems"]
+    assert "1 of the 80 rows cannot be used" in found
+    assert "b.jsonl, row 1: id: 'same' is the id of" in found
+
+
+def test_a_field_that_nothing_reads_is_a_note(tmp_path):
+    found = first_look(configure(tmp_path, rows(wisdom="yes")), None)
+    assert found["problems"] == []
+    assert "the field wisdom is not read: 1 rows, the first" in found["notes"][1]
+    found = first_look(configure(tmp_path, rows(wisdom="yes"), unknown_fields="fail"), None)
+    assert "rows have fields that nothing reads" in found["problems"][0]
+
+
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_first_rows_that_are_all_bad(tmp_path, policy):
     made = [row | {"output": ""} for row in rows(120)] + rows(50)

@@ -16,17 +16,21 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from trainer.config import ColumnSplit, DataConfig, FileSplit, SourceConfig
+from trainer.config import AutoSplit, ColumnSplit, DataConfig, FileSplit, SourceConfig
 from trainer.data.conversation import BadRowError, Conversation
 from trainer.data.fields import FieldNotes
 from trainer.data.formats import RowReader, detect_format
+from trainer.data.json_rows import Note
 from trainer.data.messages import MessageRules
-from trainer.data.sources import Row, read_source
+from trainer.data.names import SplitName, role_of, selected
+from trainer.data.sources import Row, read_source, splits_of
 from trainer.data.templates import input_separator
 from trainer.errors import TrainerError
 
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 UNSPLIT = -1
+# Which splits are cut by shares from rows so marked: all, or what a source lacks beside its own train rows.
+CUT: dict[int, tuple[SplitName, ...]] = {UNSPLIT: ("validation", "test"), -2: ("validation",), -3: ("test",)}
 _FIRST_ROWS = 100  # from which `auto` decides
 _MOST_REASONS = 20  # in a message; the file has all
 _FIRST_NAMED = 5  # rows of each reason in a message
@@ -42,13 +46,15 @@ class Collected:
     sources: npt.NDArray[np.int32]
     """Number of the source in data.sources; those of a split's own files come after them."""
     splits: npt.NDArray[np.int8]
-    """Index into SPLITS where the data says it, else UNSPLIT."""
+    """Index into SPLITS where the data says it, else a key of CUT."""
     categories: npt.NDArray[np.int32]
     """Number of the category; rows without one have a number of their own."""
     formats: tuple[str, ...]
     """The form of each source."""
     fields: FieldNotes = field(default_factory=FieldNotes)
     """What rows said that nothing reads."""
+    notes: tuple[str, ...] = ()
+    """What was taken as what, and what was left out, a line for each."""
 
     @property
     def num_rows(self) -> int:
@@ -217,20 +223,22 @@ def collect(
         TrainerError: a source cannot be read, has no usable row or a bad one that may not be skipped, or rows have
             fields that nothing reads where that is refused.
     """
-    sources = _sources_with_splits(data)
+    notes: list[str] = []
+    sources = _sources_with_splits(data, notes.append)
     starts, of_source, splits, categories, ids = array("q"), array("i"), array("b"), array("i"), array("q")
     names: dict[str | None, int] = {}
+    prefixes: dict[str, str] = {}
     formats: list[str] = []
     fields = FieldNotes()
     with path.open("wb") as file:
         for number, (source, split) in enumerate(sources):
             before = len(starts)
-            rows, reader = _open_source(source, data, rejected, fields, first_rows)
+            rows, reader = _open_source(source, data, rejected, fields, notes.append, first_rows)
             formats.append(reader.format)
-            for line in _read_rows(rows, reader, rejected):
+            for line in _read_rows(rows, reader, rejected, prefixes):
                 starts.append(file.tell())
                 of_source.append(number)
-                splits.append(_split_of(line.conversation, data) if split == UNSPLIT else split)
+                splits.append(split if split != UNSPLIT else _split_of(line.conversation, data))
                 categories.append(names.setdefault(line.conversation.category, len(names)))
                 ids.append(hash(line.conversation.id))
                 file.write(_dumped(line))
@@ -244,6 +252,7 @@ def collect(
         np.frombuffer(categories, np.int32),
         tuple(formats),
         fields,
+        tuple(notes),
     )
     collected = _without_repeated_ids(collected, np.frombuffer(ids, np.int64), rejected)
     rejected.check()
@@ -251,20 +260,92 @@ def collect(
     return _choose(collected, [source for source, _ in sources], seed)
 
 
-def _sources_with_splits(data: DataConfig) -> list[tuple[SourceConfig, int]]:
-    """Every file that is read, with the number of its split, or UNSPLIT where its rows are split later."""
-    if not isinstance(data.split, FileSplit):
-        return [(source, UNSPLIT) for source in data.all_sources]
-    first = data.all_sources[0].model_copy(update={"num_rows": None, "weight": 1.0})
-    own = (data.split.validation, data.split.test)
-    train = [(source, SPLITS.index("train")) for source in data.all_sources]
-    return train + [(first.model_copy(update={"path": str(file)}), 1 + i) for i, file in enumerate(own)]
+def _sources_with_splits(data: DataConfig, note: Note) -> list[tuple[SourceConfig, int]]:
+    """Every file that is read, with its mark: a split's index, or a key of CUT where its rows are cut later.
+
+    The first are the sources themselves, in their order; after them come what is read for validation and test alone.
+    """
+    first: list[tuple[SourceConfig, int]] = []
+    further: list[tuple[SourceConfig, int]] = []
+    for source in data.all_sources:
+        own, others = _held_splits(source, data, note)
+        first.append(own)
+        further += others
+    if isinstance(data.split, FileSplit):
+        for file in (data.split.validation, data.split.test):
+            if len(held := splits_of(SourceConfig(path=str(file)))) > 1:
+                raise TrainerError(
+                    f"data.split: {file} holds several splits: {', '.join(held)}: name one's file or folder"
+                )
+        train = [(source, SPLITS.index("train")) for source, _ in first]
+        return train + [
+            (_for_evaluation(data.all_sources[0], path=str(file)), SPLITS.index(name))
+            for name, file in (("validation", data.split.validation), ("test", data.split.test))
+        ]
+    return first + further
+
+
+def _for_evaluation(source: SourceConfig, *, path: str | None = None, hub_split: str | None = None) -> SourceConfig:
+    """A source that is read whole and once, as validation or test rows are."""
+    place = {"path": path or source.path, "hub_split": hub_split}
+    return source.model_copy(update={"num_rows": None, "weight": 1.0, **place})
+
+
+def _held_splits(
+    source: SourceConfig, data: DataConfig, note: Note
+) -> tuple[tuple[SourceConfig, int], list[tuple[SourceConfig, int]]]:
+    """A source's train rows, or all its rows where they are cut later, and the splits that it holds beside them."""
+    whole = (source, UNSPLIT)
+    held = splits_of(source)
+    names = selected(held, source.hub_split, source.path)
+    is_named = source.hub_split is not None
+    if len(names) < 2 or (is_named and not isinstance(data.split, AutoSplit)):
+        return whole, []
+    roles = {name: role_of(name) or ("train" if is_named else None) for name in names}
+    if is_named and set(roles.values()) == {"train"}:
+        return whole, []
+    by_role = {role: [name for name in names if roles[name] == role] for role in SPLITS}
+    is_clear = bool(by_role["train"]) and (is_named or len(set(roles.values()) - {None}) == len(names))
+    if not is_clear or not isinstance(data.split, AutoSplit):
+        raise TrainerError(_several_splits(source, names, is_clear=is_clear))
+    lacked = tuple(role for role in SPLITS[1:] if not by_role[role])
+    taken = ", ".join(f"{role} ({'+'.join(by_role[role])})" for role in SPLITS if by_role[role])
+    cut = f"; {lacked[0]} is cut from train by the shares of data.split" if lacked else ""
+    note(f"{source.path}: its own splits are taken: {taken}{cut}")
+    mark = next((mark for mark, missing in CUT.items() if missing == lacked), SPLITS.index("train"))
+    train = source.model_copy(update={"hub_split": "+".join(by_role["train"])}), mark
+    return train, [
+        (_for_evaluation(source, hub_split="+".join(by_role[role])), SPLITS.index(role))
+        for role in SPLITS[1:]
+        if by_role[role]
+    ]
+
+
+def _several_splits(source: SourceConfig, names: list[str], *, is_clear: bool) -> str:
+    """The refusal of a source whose splits would be pooled, or whose names do not say which split they are."""
+    held = ", ".join(name or "files whose names say no split" for name in names)
+    as_they_are = (
+        "set data.split: {type: auto} to take them as they are"
+        if is_clear
+        else "their names do not say which one is train, validation or test, each once"
+    )
+    chosen = next((name for name in names if role_of(name) == "train"), names[0] or "all")
+    example = f"data.sources: [{{path: {source.path}, hub_split: {chosen}}}]"
+    return (
+        f"data: {source.path} holds several splits: {held}: {as_they_are}; or choose with the source's hub_split, such "
+        f"as {example} (several joined by +, or all, to pool them)"
+    )
 
 
 def _open_source(
-    source: SourceConfig, data: DataConfig, rejected: Rejected, fields: FieldNotes, first_rows: FirstRows | None
+    source: SourceConfig,
+    data: DataConfig,
+    rejected: Rejected,
+    fields: FieldNotes,
+    note: Note,
+    first_rows: FirstRows | None,
 ) -> tuple[Iterator[Row], RowReader]:
-    rows = read_source(source)
+    rows = read_source(source, note)
     rows = first_rows.of(rows) if first_rows else rows
     form = source.format
     if form == "auto":
@@ -309,8 +390,7 @@ def _first_readable(rows: Iterator[Row], rejected: Rejected) -> list[Row]:
     return first
 
 
-def _read_rows(rows: Iterator[Row], reader: RowReader, rejected: Rejected) -> Iterator[Line]:
-    prefixes: dict[str, str] = {}
+def _read_rows(rows: Iterator[Row], reader: RowReader, rejected: Rejected, prefixes: dict[str, str]) -> Iterator[Line]:
     for file, number, row in rows:
         if file not in prefixes:
             # Two files of the same name in two folders get ids of their own.
@@ -331,7 +411,7 @@ def _split_of(conversation: Conversation, data: DataConfig) -> int:
 
 
 def _dumped(line: Line) -> bytes:
-    return json.dumps(vars(line.conversation) | {"file": line.file, "row": line.row}).encode() + b"\n"
+    return json.dumps(vars(line.conversation) | {"file": line.file, "row": line.row}, allow_nan=False).encode() + b"\n"
 
 
 def _without_repeated_ids(collected: Collected, hashes: npt.NDArray[np.int64], rejected: Rejected) -> Collected:

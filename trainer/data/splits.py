@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.config import RatioSplit
-from trainer.data.collect import SPLITS, Collected
+from trainer.config import Shares
+from trainer.data.collect import CUT, SPLITS, UNSPLIT, Collected
+from trainer.data.names import SplitName
 from trainer.errors import TrainerError
 
 Rows = npt.NDArray[np.int64]
@@ -28,22 +31,70 @@ def assign_splits(collected: Collected, split: object, seed: int) -> dict[str, R
     Raises:
         TrainerError: a split would be empty.
     """
-    if isinstance(split, RatioSplit):
-        groups = collected.categories if split.stratify else np.zeros(collected.num_rows, dtype=np.int32)
-        splits = cut_by_shares(groups, split, seed)
-    else:
-        order = np.random.default_rng(seed).permutation(collected.num_rows)
-        splits = {name: order[collected.splits[order] == number] for number, name in enumerate(SPLITS)}
-    empty = [name for name, rows in splits.items() if not rows.size]
-    if empty:
-        raise TrainerError(
-            f"data.split leaves {' and '.join(empty)} without a row ({collected.num_rows} rows in all): use more rows "
-            "or other shares"
-        )
+    marks = _marks(collected, split, seed)
+    order = np.random.default_rng(seed).permutation(collected.num_rows)
+    splits: dict[str, Rows] = {name: order[marks[order] == number] for number, name in enumerate(SPLITS)}
+    if not all(rows.size for rows in splits.values()):
+        raise TrainerError(_too_few(collected, split, seed, {name: rows.size for name, rows in splits.items()}))
     return splits
 
 
-def cut_by_shares(groups: npt.NDArray[np.int32], shares: RatioSplit, seed: int) -> dict[str, Rows]:
+def _marks(collected: Collected, split: object, seed: int) -> npt.NDArray[np.int8]:
+    """The split of each row, as an index into SPLITS."""
+    marks = collected.splits.copy()
+    if isinstance(split, Shares):
+        groups = collected.categories if split.stratify else np.zeros(collected.num_rows, dtype=np.int32)
+        for mark, lacked in CUT.items():
+            rows = np.flatnonzero(collected.splits == mark)
+            cut = cut_by_shares(groups[rows], _shares(split, lacked), seed)
+            if mark != UNSPLIT:  # beside splits of a source's own, one row is better than none
+                _take_one(cut, lacked)
+            for number, name in enumerate(SPLITS):
+                marks[rows[cut[name]]] = number
+    return marks
+
+
+def _take_one(cut: dict[str, Rows], lacked: Sequence[SplitName]) -> None:
+    """Move a train row to each lacked split that has got none."""
+    for name in lacked:
+        if not cut[name].size and cut["train"].size > 1:
+            cut["train"], cut[name] = np.split(cut["train"], [-1])
+
+
+def _shares(split: Shares, lacked: Sequence[SplitName]) -> dict[SplitName, float]:
+    """The shares by which rows are cut into train and the splits that are lacked."""
+    shares: dict[SplitName, float] = {"train": split.train, "validation": split.validation, "test": split.test}
+    total = split.train + sum(shares[name] for name in lacked)
+    return {name: shares[name] / total if name == "train" or name in lacked else 0.0 for name in SPLITS}
+
+
+def _too_few(collected: Collected, split: object, seed: int, sizes: Mapping[str, int]) -> str:
+    """The refusal of splits that are empty: what there is, what these shares need, and what would work."""
+    empty = " and ".join(name for name, size in sizes.items() if not size)
+    cut = f"{collected.num_rows:,} rows give " + ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    message = f"data.split leaves {empty} without a row: {cut}"
+    if not isinstance(split, Shares):
+        return f"{message}: give rows of this split"
+    if np.all(collected.splits == UNSPLIT):
+        shares = _shares(split, CUT[UNSPLIT])
+        needed = next(n for n in count(math.ceil(1 / shares["test"])) if all(_sizes(n, shares)))
+        message += f". These shares need {needed:,} rows"
+    for share in (0.1, 0.2, 0.3, 0.34):
+        usable = {"train": round(1 - 2 * share, 2), "validation": share, "test": share}
+        marks = _marks(collected, split.model_copy(update=usable), seed)
+        if all(np.any(marks == number) for number in range(len(SPLITS))):
+            words = ", ".join(f"{name}: {value}" for name, value in {"type": split.type, **usable}.items())
+            return f"{message}. Use more rows, or set data.split: {{{words}}}"
+    return f"{message}. Use more rows: three at the least"
+
+
+def _sizes(num_rows: int, shares: Mapping[SplitName, float]) -> tuple[int, int, int]:
+    """Rows of train, validation and test."""
+    cut = cut_by_shares(np.zeros(num_rows, dtype=np.int32), shares, seed=0)
+    return cut["train"].size, cut["validation"].size, cut["test"].size
+
+
+def cut_by_shares(groups: npt.NDArray[np.int32], shares: Mapping[SplitName, float], seed: int) -> dict[str, Rows]:
     """Cut rows into three after one seeded shuffle, each group in the same shares to within a row.
 
     The rows stand group by group, shuffled within each. Walking along them, a row is a test row whenever the number of
@@ -60,9 +111,9 @@ def cut_by_shares(groups: npt.NDArray[np.int32], shares: RatioSplit, seed: int) 
     """
     shuffled = np.random.default_rng(seed).permutation(groups.size)
     order = shuffled[np.argsort(groups[shuffled], kind="stable")]
-    in_test = _due(order.size, shares.test)
+    in_test = _due(order.size, shares["test"])
     rest = order[~in_test]
-    in_validation = _due(rest.size, shares.validation / (shares.train + shares.validation))
+    in_validation = _due(rest.size, shares["validation"] / (shares["train"] + shares["validation"]))
     splits = {"train": rest[~in_validation], "validation": rest[in_validation], "test": order[in_test]}
     rank = np.empty(groups.size, dtype=np.int64)
     rank[shuffled] = np.arange(groups.size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config import ModelConfig
-from trainer.data.sources import is_hub_id
+from trainer.data.names import is_hub_id
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
 
