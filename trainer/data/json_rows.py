@@ -39,7 +39,7 @@ _LOOKS_LIKE = (
 
 
 class SpelledFloat(float):
-    """A number whose spelling in the file is not Python's, such as 1.10: str() gives the file's."""
+    """A fraction with its spelling in the file, such as 1.10, which str() gives."""
 
     __slots__ = ("spelling",)
     spelling: str
@@ -99,8 +99,6 @@ class _Decoder:
         value = float(text)
         if not math.isfinite(value):
             return self._spoiled(f"the number {text[:20]} is too large")
-        if repr(value) == text:
-            return value
         spelled = SpelledFloat(value)
         spelled.spelling = text
         return spelled
