@@ -12,6 +12,7 @@ from trainer.config import DataConfig, TrainerConfig
 
 _CODE = 2  # raised when the same input gives other bytes than before
 _TOKENIZER_FILES = "*.json", "*.jinja", "*.model", "*.txt"
+_MODEL_KEYS = {"name_or_path", "revision", "from_scratch", "new_tokens"}
 _LARGEST_TOKENIZER_FILE = 64 << 20  # bytes; the shards' index of a large model is smaller, its weights are larger
 
 
@@ -29,7 +30,7 @@ def fingerprint(config: TrainerConfig, data: DataConfig) -> str:
     asked = {
         "code": _CODE,
         "data": kept,
-        "model": config.model.model_dump(mode="json", include={"name_or_path", "revision", "from_scratch"}),
+        "model": config.model.model_dump(mode="json", include=_MODEL_KEYS),
         "seed": config.seed,
         "versions": {name: version(name) for name in ("transformers", "tokenizers")},
     }
