@@ -56,6 +56,9 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], ro
                 "where tokens without a row in the embedding are listed"
             )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    named = [str(token) for token in tokenizer.extra_special_tokens]
+    if set(named) & set(tokens):
+        tokenizer.extra_special_tokens = [token for token in named if token not in tokens]
 
 
 def mark_control_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
