@@ -1,12 +1,15 @@
 """model.new_tokens: one token each in rows' text, a row each in the embedding, and whole weights as the export."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.run import answering_models
+from tests.launcher.test_base_model import make
 from tests.trainer.families import build
 from tests.trainer.test_export import trained, write_checkpoint
 from tests.trainer.test_rehearsal import base, config_for, notes_on, refusal  # noqa: F401 - a fixture
@@ -170,6 +173,14 @@ def prepared(base, tmp_path):  # noqa: F811
         return config
 
     return of
+
+
+def test_the_base_reads_the_pieces_of_new_tokens(prepared, tmp_path):
+    config = prepared()
+    run = make(Path(config.model.name_or_path), model=config.model.model_dump())
+    models = answering_models(run, tmp_path)
+    pieces = read_new_tokens(config.model, tmp_path)
+    assert (models["base"].spelled, models["tuned"].spelled) == (pieces, {})
 
 
 def test_prepare_writes_what_the_base_reads_in_their_place(prepared, tmp_path):
