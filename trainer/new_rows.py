@@ -84,9 +84,9 @@ def whole(weights: list[nn.Parameter], *, changed: bool = False) -> Iterator[Non
     if not any(hasattr(weight, "ds_id") for weight in weights):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(weights, modifier_rank=0 if changed else None):
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if changed else None):
         yield
 
 
