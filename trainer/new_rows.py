@@ -8,6 +8,7 @@ from math import gcd
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from trainer.errors import TrainerError
@@ -88,6 +89,22 @@ def whole(weights: list[nn.Parameter], *, changed: bool = False) -> Iterator[Non
 
     with deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if changed else None):
         yield
+
+
+def gather_beside_rows(model: nn.Module) -> None:
+    """Have ZeRO-3 gather what PEFT's layers of trained rows read: the weight of the layer inside, and the rows.
+
+    Both belong to modules inside them whose own forward pass is not called, so DeepSpeed would leave them cut.
+
+    Args:
+        model: With PEFT's layers, where it has any.
+    """
+    import deepspeed
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            for parameter in (layer.get_base_layer().weight, *layer.trainable_tokens_delta.values()):
+                deepspeed.zero.register_external_parameter(layer, parameter)
 
 
 def trained_rows(network: Any, new_tokens: Sequence[int]) -> dict[str, list[int]]:  # noqa: ANN401

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -106,11 +105,6 @@ def apply_tuning(
         tuned = get_peft_model(model, peft, autocast_adapter_dtype=False)
     except ValueError as error:
         raise TrainerError(f"tuning.method {config.method} does not fit this model: {error}") from error
-    if new_tokens:
-        from deepspeed.utils import set_z3_leaf_modules
-
-        # Their forward pass reads the weight of the layer inside, so ZeRO-3 must gather both together.
-        set_z3_leaf_modules(tuned, [TrainableTokensWrapper])
     return _ready(tuned, model, base)
 
 

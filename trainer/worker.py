@@ -58,7 +58,7 @@ from trainer.model import (
     return_the_loss,
     use_liger_kernels,
 )
-from trainer.new_rows import add_rows
+from trainer.new_rows import add_rows, gather_beside_rows
 from trainer.stopping import RESUME_ME, clear_stop, stop_on_signals
 from trainer.trackers import log_row, open_trackers
 from trainer.tuning import apply_tuning, optimizer_for, parameter_counts, quantization
@@ -382,6 +382,8 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     model = apply_tuning(
         base, config.tuning, place, tokenizer, adapter=config.model.adapter, new_tokens=tuple(new_tokens)
     )
+    if config.deepspeed.stage == 3:
+        gather_beside_rows(model)
     counted = parameter_counts(model)
     trained, every = (counted[name] // found.world_size for name in ("num_trained_parameters", "num_parameters"))
     refuse_small_disk(config.deepspeed, trained, every, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
