@@ -85,11 +85,28 @@ def trained(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
+def validation_losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "validation"]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ("tokens-lora-0", "tokens-lora-3"),
+        ("tokens-lora-1", "tokens-tied-lora-3"),
+        ("adapter-full-2", "adapter-full-3"),
+    ],
+)
+def test_stages_learn_the_same(trained, cells):
+    losses = [validation_losses(trained / "runs" / cell) for cell in cells]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_it_learns_and_vllm_answers_as_trained(trained, two_engines, cell):  # noqa: F811
     run_dir = trained / "runs" / cell
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    first, last = [row["loss"] for row in rows if row["kind"] == "validation"]
+    first, last = validation_losses(run_dir)
     what, family, tuning, _ = CELLS[cell]
     counts = export(TrainerConfig.model_validate(values(trained, cell)), run_dir)
     print(json.dumps({"cell": cell, "losses": [first, last], **counts}))
