@@ -55,6 +55,10 @@ class ModelSource(Section):
     prompt: Literal["trained", "chat"] = Field(
         "trained", description="The prompt's tokens as trained on, or the messages in the model's own chat template."
     )
+    spelled: dict[int, tuple[int, ...]] = Field(
+        default_factory=dict,
+        description="Ids of prompt tokens that this model does not have, each with the ids that it reads in its place.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,7 @@ from typing import Any
 from evaluation.config import ApiModel, GenerationConfig, ModelSource
 from evaluation.endpoint import EndpointClient
 from evaluation.errors import EvaluationError
-from evaluation.models import ModelFacts, family_of, inspect_model, render_as_chat
+from evaluation.models import ModelFacts, family_of, inspect_model, render_as_chat, respell
 from evaluation.progress import RowCounter
 from evaluation.prompts import Prompt, read_prompts
 from evaluation.reply import Reply
@@ -118,6 +118,7 @@ def _plan(
     facts = inspect_model(source)
     if source.prompt == "chat":
         prompts = render_as_chat(prompts, source)
+    prompts = respell(prompts, source.spelled)
     _require_vocabulary(name, source, facts, prompts)
     limit = min(config.max_model_len or facts.max_positions, facts.max_positions)
     task = _LocalTask(name, path, facts.fingerprint, facts.family, source=source, facts=facts, max_model_len=limit)

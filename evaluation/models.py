@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,6 +119,22 @@ def render_as_chat(prompts: Sequence[Prompt], source: ModelSource) -> list[Promp
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         rendered.append(replace(prompt, token_ids=tuple(ids)))
     return rendered
+
+
+def respell(prompts: Sequence[Prompt], spelled: Mapping[int, Sequence[int]]) -> list[Prompt]:
+    """Give each prompt other tokens in place of those that a model does not have. Pure.
+
+    Args:
+        prompts: The test set.
+        spelled: Id to the ids in its place.
+
+    Returns:
+        The same prompts; the text that a judge reads stays.
+    """
+    if not spelled:
+        return list(prompts)
+    read = [tuple(part for token in prompt.token_ids for part in spelled.get(token, (token,))) for prompt in prompts]
+    return [replace(prompt, token_ids=ids) for prompt, ids in zip(prompts, read, strict=True)]
 
 
 def fingerprint_folder(folder: Path) -> str:

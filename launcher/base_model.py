@@ -37,9 +37,17 @@ def problems(config: RunConfig, stages: Sequence[Stage], *, on_gpu: bool) -> lis
         return []
     served = "generate" in stages or ("export" in stages and config.export.vllm_prompts > 0)
     cached = not Path(str(name)).is_dir()
-    where = {"served": served, "on_gpu": on_gpu, "cached": cached}
-    found = base_problems(folder, config.tuning, config.export, **where)
-    return [f"model.name_or_path = {name}: {problem}" for problem in found]
+    found = base_problems(
+        folder,
+        config.tuning,
+        config.export,
+        served=served,
+        on_gpu=on_gpu,
+        cached=cached,
+        model=config.model,
+        sequence_length=config.data.sequence_length if "train" in stages or "prepare" in stages else None,
+    )
+    return [problem if problem.startswith("model.") else f"model.name_or_path = {name}: {problem}" for problem in found]
 
 
 def rehearse(config: RunConfig, run_dir: Path, stages: Sequence[Stage]) -> list[str]:

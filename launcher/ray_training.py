@@ -315,11 +315,14 @@ def found_by_workers(config: TrainerConfig) -> TrainerConfig:
         config: as it was read; a relative path starts from this process's working folder.
 
     Returns:
-        The same with the base model's local folder and deepspeed.nvme_path made absolute; a hub id stays.
+        The same with the base model's local folder, model.adapter and deepspeed.nvme_path made absolute; a hub id
+        stays.
     """
     model, deepspeed = config.model, config.deepspeed
     if model.name_or_path is not None and Path(model.name_or_path).is_dir():
         model = model.model_copy(update={"name_or_path": str(Path(model.name_or_path).absolute())})
+    if model.adapter is not None:
+        model = model.model_copy(update={"adapter": str(Path(model.adapter).absolute())})
     if deepspeed.nvme_path is not None:
         deepspeed = deepspeed.model_copy(update={"nvme_path": deepspeed.nvme_path.absolute()})
     return config.model_copy(update={"model": model, "deepspeed": deepspeed})

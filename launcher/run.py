@@ -23,6 +23,7 @@ from launcher.stage_process import estimate_apart, generate_apart, judge_apart, 
 from launcher.stages import STAGES, Differs, Finished, Stage, begin, finish, state_of
 from launcher.storage import RunCopy
 from trainer.data.fields import unknown_lines
+from trainer.data.new_tokens import read_new_tokens
 from trainer.stopping import clear_stop, stop_on_signals
 
 
@@ -317,11 +318,17 @@ class _Work:
 
 
 def answering_models(config: RunConfig, run_dir: Path) -> dict[str, AnsweringModel]:
-    """The models that answer the test set, by name: base, tuned (an adapter on top of the base), and further ones."""
-    base = ModelSource(path=config.model.name_or_path or str(run_dir / "base"), revision=config.model.revision)
+    """The models that answer the test set, by name: base, tuned (an adapter on top of the base), and further ones.
+
+    With model.adapter the base answers with it, as it was tuned from. New tokens are unknown to the base: it reads the
+    pieces that it has for their text.
+    """
+    plain = ModelSource(path=config.model.name_or_path or str(run_dir / "base"), revision=config.model.revision)
+    adapter = config.model.adapter and str(Path(config.model.adapter).absolute())
+    base = plain.model_copy(update={"adapter": adapter, "spelled": read_new_tokens(config.model, run_dir)})
     model = run_dir / "model"
     is_adapter = (model / "adapter_config.json").is_file()
-    tuned = base.model_copy(update={"adapter": str(model)}) if is_adapter else ModelSource(path=str(model))
+    tuned = plain.model_copy(update={"adapter": str(model)}) if is_adapter else ModelSource(path=str(model))
     return {"base": base, "tuned": tuned, **config.generation.models}
 
 

@@ -41,7 +41,8 @@ def base_digests(config: ModelConfig, run_dir: Path, *, weights: bool) -> dict[s
         folder = Path(str(cached_file(place, "config.json", revision=config.revision))).parent
         known = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
         found: dict[str, dict[str, Any]] = {}
-        for file in [folder / "config.json", *(sorted(folder.glob("*.safetensors")) if weights else [])]:
+        kept = [*sorted(folder.glob("*.safetensors")), *adapter_files(config)] if weights else []
+        for file in [folder / "config.json", *kept]:
             stat = file.stat()
             state = [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
             is_known = file.name in known and known[file.name]["state"] == state
@@ -52,6 +53,12 @@ def base_digests(config: ModelConfig, run_dir: Path, *, weights: bool) -> dict[s
     except (OSError, ValueError) as error:
         raise TrainerError(f"the base model {place} can't be read: {error}") from error
     return {name: entry["sha256"] for name, entry in found.items()}
+
+
+def adapter_files(config: ModelConfig) -> list[Path]:
+    """The files of model.adapter that decide what it computes; none without an adapter."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return [] if config.adapter is None else [Path(config.adapter, name) for name in names]
 
 
 def _sha256(path: Path) -> str:

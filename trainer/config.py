@@ -52,6 +52,15 @@ class ModelConfig(Section):
         None, description="Branch, tag or commit on the hub; resolved to a commit and recorded."
     )
     from_scratch: FromScratch | None = Field(None, description="Build a small random model instead of loading one.")
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Local folder of a PEFT LoRA adapter that belongs to the base: lora and qlora continue it, full "
+        "and freeze merge it into the weights first.",
+    )
+    new_tokens: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        (), max_length=10_000, description="Tokens added to the tokenizer, each with a trained row in the embedding."
+    )
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="Attention backend; auto takes the fastest that keeps packed sequences apart here."
     )
@@ -60,6 +69,23 @@ class ModelConfig(Section):
     def _one_base(self) -> Self:
         if (self.name_or_path is None) == (self.from_scratch is None):
             raise ValueError("give exactly one of name_or_path and from_scratch")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_and_adapter(self) -> Self:
+        twice = sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1})
+        if twice:
+            raise ValueError(f"new_tokens names {twice[0]!r} twice: name each token once")
+        if blank := [token for token in self.new_tokens if not token.strip()]:
+            raise ValueError(f"new_tokens has {blank[0]!r}, which is white space alone: a token needs a character")
+        if self.adapter is not None and self.from_scratch is not None:
+            raise ValueError("adapter belongs to a base that exists: give name_or_path, or leave adapter out")
+        if self.adapter is not None and self.new_tokens:
+            raise ValueError(
+                "adapter and new_tokens don't go together, as the adapter's base has no rows for the new tokens: merge "
+                "the adapter into its base first (PEFT's merge_and_unload, then save_pretrained), give that folder as "
+                "name_or_path, and leave adapter out"
+            )
         return self
 
 
@@ -560,6 +586,10 @@ class Parts(Protocol):
     """The sections that must fit together."""
 
     @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def export(self) -> ExportConfig: ...
+    @property
     def tuning(self) -> TuningConfig: ...
     @property
     def data(self) -> DataConfig: ...
@@ -603,6 +633,39 @@ def refuse_misfits(config: Parts) -> None:
         raise ValueError(
             "tuning.dora does not work with deepspeed.stage 3, where PEFT finds no whole adapter to take norms of: "
             "use stage 2, or rslora in place of dora"
+        )
+    refuse_base_misfits(config)
+
+
+def refuse_base_misfits(config: Parts) -> None:
+    """Refuse model.new_tokens and model.adapter beside a tuning or an export that can't take them.
+
+    Args:
+        config: Of the trainer, or of a whole run.
+
+    Raises:
+        ValueError: They do not fit, with what to use instead.
+    """
+    tuning, model = config.tuning, config.model
+    if isinstance(tuning, PromptTuning) and (model.new_tokens or model.adapter):
+        named = "new_tokens" if model.new_tokens else "adapter"
+        raise ValueError(f"model.{named} does not work with tuning.method prompt: use lora or full")
+    if isinstance(tuning, LoraTuning) and tuning.dora and model.adapter:
+        raise ValueError(
+            "tuning.dora does not work with model.adapter, because vLLM could not serve it as the base: use "
+            "tuning.dora: false"
+        )
+    if not model.new_tokens:
+        return
+    if isinstance(tuning, LoraTuning) and not config.export.merge:
+        raise ValueError(
+            f"model.new_tokens with tuning.method {tuning.method} trains rows of the embedding, which vLLM serves in "
+            "no adapter: set export.merge: true, which writes whole weights"
+        )
+    if isinstance(tuning, FreezeTuning) and not tuning.names:
+        raise ValueError(
+            "model.new_tokens needs a trained embedding, and tuning.method freeze leaves it as it is: name it in "
+            "tuning.names (such as *.embed_tokens.*), or use full or lora"
         )
 
 

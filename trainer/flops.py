@@ -119,8 +119,12 @@ def arithmetic_of(model: nn.Module, device: torch.device, dtype: torch.dtype, wo
         The counts.
     """
     network = causal_lm(model)
-    embedding = network.get_input_embeddings().weight
-    tied = network.get_output_embeddings().weight is embedding
+    # Around a layer of which single rows are trained, PEFT's wrapper would compute the whole weight anew.
+    embedding, head = (
+        getattr(module, "original_module", module).weight
+        for module in (network.get_input_embeddings(), network.get_output_embeddings())
+    )
+    tied = head is embedding
     products = [weight for weight in model.parameters() if is_matrix(weight) and (tied or weight is not embedding)]
     per_token = sum(num_weights(weight) * (6.0 if weight.requires_grad else 4.0) for weight in products)
     config = network.config.get_text_config()

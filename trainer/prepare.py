@@ -26,6 +26,7 @@ from trainer.data.conversation import BadRowError
 from trainer.data.encode import Settings, encode_chunk, encode_test_chunk
 from trainer.data.fingerprint import fingerprint, tokenizer_digest
 from trainer.data.names import is_hub_id, missing
+from trainer.data.new_tokens import write_new_tokens
 from trainer.data.shards import IGNORE, PackedSplit, SplitWriter
 from trainer.data.splits import Rows, assign_splits, repeat_by_weight
 from trainer.data.spread import ChunkMap, LocalMap, chunked
@@ -156,6 +157,7 @@ def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: Chu
         splits, leaks = preparation.split()
         tokenizer = preparation.learn_tokenizer(splits["train"]) if base_tokenizer is None else base_tokenizer
         tokenizer.save_pretrained(folder / "tokenizer")
+        write_new_tokens(config.model, tokenizer, folder)
         summary = preparation.write(splits, tokenizer)
     collected.path.unlink()
     if config.model.from_scratch:
@@ -235,7 +237,7 @@ class Preparation:
                     for segment in renderer.segments(parse_line(line).conversation):
                         yield segment.text.replace(renderer.stop_token, "")
 
-        return train_tokenizer(texts(), data.template, scratch.vocab_size)
+        return train_tokenizer(texts(), data.template, scratch.vocab_size, self.config.model.new_tokens)
 
     def settings(self) -> Settings:
         """All that decides what a row becomes, once the tokenizer has been saved."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from trainer.base_headers import fits
 from trainer.config import (
     FreezeTuning,
     FullTuning,
@@ -21,6 +27,7 @@ from trainer.config import (
     TuningConfig,
 )
 from trainer.errors import TrainerError
+from trainer.new_rows import require_trained_rows, trained_rows, whole
 
 
 def quantization(config: TuningConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -44,30 +51,48 @@ def quantization(config: TuningConfig, dtype: torch.dtype) -> BitsAndBytesConfig
     )
 
 
-def apply_tuning(model: PreTrainedModel, config: TuningConfig, base: str, tokenizer: str) -> nn.Module:
+def apply_tuning(
+    model: PreTrainedModel,
+    config: TuningConfig,
+    base: str,
+    tokenizer: str,
+    *,
+    adapter: str | None = None,
+    new_tokens: Sequence[int] = (),
+) -> nn.Module:
     """Set requires_grad on what is trained, adding adapters where the method has them.
 
     Args:
-        model: The base model.
+        model: The base model, with rows for the new tokens.
         config: The tuning section.
         base: Where the base model is, as an adapter's folder will name it.
         tokenizer: Folder of the tokenizer, for a prompt that begins as text.
+        adapter: Folder of a LoRA adapter of the base: continued, or merged first where no adapter is trained.
+        new_tokens: Ids of tokens whose rows are trained beside LoRA.
 
     Returns:
         The model itself, or a PEFT model around it.
 
     Raises:
-        TrainerError: No weight fits the names that were given.
+        TrainerError: No weight fits the names that were given, or the adapter does not fit the base.
     """
     match config:
-        case FullTuning():
-            return model
-        case FreezeTuning():
-            freeze(model, config)
+        case FullTuning() | FreezeTuning():
+            if adapter is not None:
+                model = merge_adapter(model, adapter)
+            if isinstance(config, FreezeTuning):
+                freeze(model, config)
+            if new_tokens:
+                require_trained_rows(model)
             return model
         case LoraTuning():  # QLoRA too
             keep_weights_trainable_on_cpu(model)
+            if adapter is not None:
+                return _ready(continued(model, adapter, config), model, base)
+            refuse_unmatched(model, config)
             peft: PeftConfig = lora_config(config)
+            if new_tokens:
+                peft.trainable_token_indices = trained_rows(model, new_tokens)  # type: ignore[attr-defined]
         case PromptTuning():
             peft = PromptTuningConfig(
                 task_type=TaskType.CAUSAL_LM,
@@ -80,11 +105,105 @@ def apply_tuning(model: PreTrainedModel, config: TuningConfig, base: str, tokeni
         tuned = get_peft_model(model, peft, autocast_adapter_dtype=False)
     except ValueError as error:
         raise TrainerError(f"tuning.method {config.method} does not fit this model: {error}") from error
+    return _ready(tuned, model, base)
+
+
+def _ready(tuned: Any, model: PreTrainedModel, base: str) -> PeftModel:  # noqa: ANN401 - PEFT is not typed
+    """The PEFT model with what is trained in the number format of the base, which its folder will name."""
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(compute_dtype(model))
     tuned.peft_config["default"].base_model_name_or_path = base
     return cast(PeftModel, tuned)
+
+
+def refuse_unmatched(model: nn.Module, config: LoraTuning) -> None:
+    """Refuse targets that fit no layer of the model; PEFT passes over one beside others that fit.
+
+    Args:
+        model: The base model.
+        config: The tuning section.
+
+    Raises:
+        TrainerError: With the first such target.
+    """
+    if config.targets == "all-linear":
+        return
+    modules = dict(model.named_modules())
+    for target in config.targets:
+        if not any(fits(name, target) for name in modules):
+            linear = {name.rpartition(".")[2] for name, one in modules.items() if isinstance(one, nn.Linear | Conv1D)}
+            raise TrainerError(
+                f"tuning.targets: {target} fits no layer of the model, which has {', '.join(sorted(linear))}"
+            )
+
+
+def continued(model: PreTrainedModel, adapter: str, config: LoraTuning) -> Any:  # noqa: ANN401 - PEFT is not typed
+    """The base with an adapter that is trained on, with its own rank, scale and layers.
+
+    Args:
+        model: The base model.
+        adapter: Folder of a LoRA adapter.
+        config: Its dropout is used; base_problems has compared the rest with the adapter.
+
+    Returns:
+        PEFT's model.
+
+    Raises:
+        TrainerError: The adapter can't be read, or does not fit the base.
+    """
+    try:
+        peft: Any = PeftConfig.from_pretrained(adapter)
+        peft.lora_dropout = config.dropout
+        return _adapted(model, adapter, peft, is_trainable=True)
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise TrainerError(f"model.adapter {adapter} does not fit this model: {error}") from error
+
+
+def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The base with an adapter merged into its weights.
+
+    Args:
+        model: The base model; its weights are changed in place.
+        adapter: Folder of a LoRA adapter.
+
+    Returns:
+        The model without PEFT's layers, everything trainable.
+
+    Raises:
+        TrainerError: The adapter can't be read, or does not fit the base.
+    """
+    try:
+        adapted = _adapted(model, adapter, PeftConfig.from_pretrained(adapter), is_trainable=False)
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                with whole([layer.get_base_layer().weight], changed=True):
+                    layer.merge()  # type: ignore[operator]
+        merged: PreTrainedModel = adapted.base_model.unload()
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise TrainerError(f"model.adapter {adapter} does not fit this model: {error}") from error
+    return merged.requires_grad_(True)
+
+
+def _adapted(model: PreTrainedModel, adapter: str, config: Any, *, is_trainable: bool) -> Any:  # noqa: ANN401
+    """PEFT's model with every tensor of the adapter's file in it, and with no other LoRA weight."""
+    with safe_open(Path(adapter, "adapter_model.safetensors"), framework="pt") as file:
+        stored = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 - no dictionary
+    tuned = PeftModel.from_pretrained(
+        model, adapter, config=config, is_trainable=is_trainable, autocast_adapter_dtype=False
+    )
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", "")
+        for name, _ in tuned.named_parameters()
+        if ".default" in name
+    }
+    if differing := sorted(stored ^ expected):
+        where = "the adapter's file" if differing[0] in stored else "the model"
+        raise TrainerError(
+            f"model.adapter {adapter} does not fit this model: only {where} has {differing[0]} ({len(differing)} such "
+            "tensors). Give the base that the adapter was trained on"
+        )
+    return tuned
 
 
 def keep_weights_trainable_on_cpu(model: nn.Module) -> None:

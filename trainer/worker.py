@@ -35,6 +35,7 @@ from trainer.attempt import Attempt
 from trainer.base_files import base_digests
 from trainer.config import TrainerConfig, TrainingConfig, load_trainer_config
 from trainer.data.batches import Batches
+from trainer.data.new_tokens import read_new_tokens
 from trainer.data.shards import PackedSplit
 from trainer.devices import device_problems, refuse_small_disk
 from trainer.errors import Preempted, TrainerError
@@ -57,6 +58,7 @@ from trainer.model import (
     return_the_loss,
     use_liger_kernels,
 )
+from trainer.new_rows import add_rows, gather_beside_rows
 from trainer.stopping import RESUME_ME, clear_stop, stop_on_signals
 from trainer.trackers import log_row, open_trackers
 from trainer.tuning import apply_tuning, optimizer_for, parameter_counts, quantization
@@ -366,6 +368,8 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     length = config.data.sequence_length
     return_freed_memory(1 << 20)
     base = load_base(config.model, found.run_dir, dtype, found.device, length, quantization(config.tuning, dtype))
+    new_tokens = read_new_tokens(config.model, found.run_dir)
+    add_rows(base, new_tokens)
     return_freed_memory(4 << 20)  # training's blocks are made anew in each step
     if config.training.liger_kernels:
         use_liger_kernels(base)
@@ -373,8 +377,13 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
         base.gradient_checkpointing_enable({"use_reentrant": False})
     seed_generators(config.seed)  # adapters begin alike on every rank
     place = base_folder(config.model, found.run_dir)
-    model = apply_tuning(base, config.tuning, place, str(found.run_dir / "data" / "tokenizer"))
-    del sharded_loading
+    tokenizer = str(found.run_dir / "data" / "tokenizer")
+    del sharded_loading  # PEFT gathers rows on GPUs only while it lives; those of new tokens are whole here
+    model = apply_tuning(
+        base, config.tuning, place, tokenizer, adapter=config.model.adapter, new_tokens=tuple(new_tokens)
+    )
+    if config.deepspeed.stage == 3:
+        gather_beside_rows(model)
     counted = parameter_counts(model)
     trained, every = (counted[name] // found.world_size for name in ("num_trained_parameters", "num_parameters"))
     refuse_small_disk(config.deepspeed, trained, every, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

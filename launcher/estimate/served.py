@@ -101,7 +101,8 @@ def _users(config: RunConfig, stages: Collection[Stage], base: Path | None) -> I
     """Section, words, sizes, engine settings, and rank of the adapters beside the model."""
     generation = config.generation
     if "generate" in stages:
-        yield "generation", "base and tuned", shape_of(config, base), generation, _served_rank(config)
+        rank = max(_served_rank(config), _rank_in(config.model.adapter))
+        yield "generation", "base and tuned", shape_of(config, base), generation, rank
         for name, model in generation.models.items():
             if isinstance(model, ModelSource):
                 yield "generation", name, shape_named(model.path, model.revision), generation, _rank_in(model.adapter)

@@ -84,6 +84,7 @@ def made_absolute(config: RunConfig, working_folder: Path) -> RunConfig:
         if tree["data"]["split"]["type"] == "files":
             absolute(tree["data"]["split"], split, always=True)
     absolute(tree["model"], "name_or_path")
+    absolute(tree["model"], "adapter")
     for judge in tree["judge"].get("judges", [tree["judge"]]):
         absolute(judge, "model")
     for model in tree["generation"]["models"].values():

@@ -17,7 +17,7 @@ from evaluation.generate import generate
 from evaluation.judge import judge
 from evaluation.judges.forms import form_of
 from evaluation.judges.prompts import neutralise
-from evaluation.models import family_of, fingerprint_folder, render_as_chat
+from evaluation.models import family_of, fingerprint_folder, render_as_chat, respell
 from evaluation.prompts import Prompt
 from evaluation.rows import read_rows, write_rows
 from evaluation.vllm_cluster import EngineSpec, Request, complete, shares
@@ -263,6 +263,13 @@ def test_a_further_model_may_have_its_own_chat_template(tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(EvaluationError, match="has no chat template"):
         render_as_chat(prompts, ModelSource(path=str(folder), prompt="chat"))
+
+
+def test_a_model_reads_other_tokens_for_those_it_does_not_have():
+    prompts = [Prompt("a", None, (), "### Below", (9, 300, 8, 301), "x")]
+    (prompt,) = respell(prompts, {300: (5, 6), 301: ()})
+    assert (prompt.token_ids, prompt.text) == ((9, 5, 6, 8), "### Below")
+    assert respell(prompts, {}) == prompts
 
 
 def test_a_further_model_is_a_path_or_an_endpoint_with_a_name_of_its_own():

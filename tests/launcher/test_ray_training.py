@@ -48,7 +48,8 @@ def test_workers_with_folders_of_their_own_find_what_is_named_from_here(
     (tmp_path / "model").mkdir()
     sections = {"data": {"path": "rows.json"}, "deepspeed": {"nvme_path": "disk", "stage": 3}}
     sections["deepspeed"] |= {"offload_optimizer": "nvme"}
-    local = TrainerConfig.model_validate(sections | {"model": {"name_or_path": "model"}})
+    local = TrainerConfig.model_validate(sections | {"model": {"name_or_path": "model", "adapter": "adapter"}})
+    assert found_by_workers(local).model.adapter == f"{tmp_path}/adapter"
     assert found_by_workers(local).model.name_or_path == f"{tmp_path}/model"
     assert found_by_workers(local).deepspeed.nvme_path == tmp_path / "disk"
     far = TrainerConfig.model_validate(sections | {"model": {"name_or_path": "owner/name"}})

@@ -247,7 +247,7 @@ def test_a_special_token_beyond_the_embedding_is_refused(base, tiny_tokenizer):
 
 
 def test_targets_that_the_model_has_not_are_refused(base):
-    assert "Target modules {'nothing'} not found" in refusal(base, LORA | {"targets": ["nothing"]})
+    assert "tuning.targets: nothing fits no layer of the model" in refusal(base, LORA | {"targets": ["nothing"]})
     assert "tuning.last_layers is 3, the model has 2" in refusal(base, {"method": "freeze", "last_layers": 3})
 
 

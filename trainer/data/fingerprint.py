@@ -11,7 +11,8 @@ from pathlib import Path
 from trainer.config import DataConfig, TrainerConfig
 
 _CODE = 2  # raised when the same input gives other bytes than before
-_TOKENIZER_FILES = "*.json", "*.jinja", "*.model", "*.txt"
+_TOKENIZER_FILES = "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja"
+_MODEL_KEYS = {"name_or_path", "revision", "from_scratch", "new_tokens"}
 _LARGEST_TOKENIZER_FILE = 64 << 20  # bytes; the shards' index of a large model is smaller, its weights are larger
 
 
@@ -29,7 +30,7 @@ def fingerprint(config: TrainerConfig, data: DataConfig) -> str:
     asked = {
         "code": _CODE,
         "data": kept,
-        "model": config.model.model_dump(mode="json", include={"name_or_path", "revision", "from_scratch"}),
+        "model": config.model.model_dump(mode="json", include=_MODEL_KEYS),
         "seed": config.seed,
         "versions": {name: version(name) for name in ("transformers", "tokenizers")},
     }
@@ -59,7 +60,7 @@ def tokenizer_digest(folder: Path) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.iterdir()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # further templates are in a folder
         _add(digest, file)
     return digest.hexdigest()
 

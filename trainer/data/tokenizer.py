@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config import ModelConfig
 from trainer.data.names import is_hub_id
+from trainer.data.new_tokens import add_new_tokens, mark_control_tokens, vocabulary_rows
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
 
@@ -22,7 +23,7 @@ PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of the vocabulary, not a password
 def load_tokenizer(
     model: ModelConfig, template: TemplateName, place: Path | None = None, *, with_torch: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with the template and its stop token set.
+    """The base model's tokenizer with the new tokens, the template and its stop token set.
 
     Args:
         model: names the base.
@@ -35,7 +36,7 @@ def load_tokenizer(
         A tokenizer whose eos_token ends assistant turns and whose pad_token is set.
 
     Raises:
-        TrainerError: it cannot be loaded, or the template does not fit it.
+        TrainerError: it cannot be loaded, has a new token already, or the template does not fit it.
     """
     place = place or tokenizer_place(model)
     loader: Any
@@ -49,7 +50,9 @@ def load_tokenizer(
         raise TrainerError(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
         ) from error
+    add_new_tokens(tokenizer, model.new_tokens, vocabulary_rows(place))
     set_template(tokenizer, template)
+    mark_control_tokens(tokenizer, model.new_tokens)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -82,13 +85,16 @@ def scratch_tokenizer(template: TemplateName) -> PreTrainedTokenizerFast:
     return train_tokenizer((), template, vocab_size=300)
 
 
-def train_tokenizer(texts: Iterable[str], template: TemplateName, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], template: TemplateName, vocab_size: int, new_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE.
 
     Args:
         texts: what it is learned from, the train split alone.
         template: its special tokens are kept whole.
-        vocab_size: entries at most: special tokens, 256 bytes and merges.
+        vocab_size: entries at most: special tokens, 256 bytes, merges and new tokens.
+        new_tokens: model.new_tokens.
 
     Returns:
         A tokenizer with the template, its stop token as eos_token, and a pad_token of its own.
@@ -97,13 +103,16 @@ def train_tokenizer(texts: Iterable[str], template: TemplateName, vocab_size: in
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(new_tokens),
         special_tokens=scratch_special_tokens(template),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _wrap(tokenizer, template)
+    wrapped = _wrap(tokenizer, template)
+    add_new_tokens(wrapped, new_tokens)
+    mark_control_tokens(wrapped, new_tokens)
+    return wrapped
 
 
 def scratch_special_tokens(template: TemplateName) -> list[str]:

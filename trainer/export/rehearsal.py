@@ -19,12 +19,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from trainer.base_problems import MEDIA_TOKENS, beyond_the_embedding
 from trainer.config import FullTuning, LoraTuning, ModelConfig, PromptTuning, QloraTuning, TrainerConfig, TuningConfig
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import TrainerError
 from trainer.export.check import settings_of
 from trainer.export.folder import check_settings, check_tokenizer, prepare_configs, write_files
 from trainer.model import base_folder
+from trainer.new_rows import add_rows
 from trainer.tuning import apply_tuning
 
 _NAMED = 3  # tensors named in a message
@@ -47,14 +49,18 @@ def rehearse(config: TrainerConfig, run_dir: Path, tokenizer: PreTrainedTokenize
     place = base_folder(config.model, run_dir)
     network, notes = read_base(config.model, place)
     _check_tied_head(network, config.model, place)
+    new_tokens = [tokenizer.get_vocab()[token] for token in config.model.new_tokens]
+    add_rows(network, dict.fromkeys(new_tokens, ()))
     _check_token_ids(network, tokenizer, place)
-    tuning = _small(config.tuning)
+    adapter = config.model.adapter
+    tuning = _small(config.tuning, keep_rank=adapter is not None)
     writes_adapter = isinstance(tuning, LoraTuning) and not config.export.merge
     try:
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as written, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors that can't be copied to the meta device
             tokenizer.save_pretrained(Path(written, "tokenizer"))
-            model: Any = apply_tuning(network, tuning, place, str(Path(written, "tokenizer")))
+            saved = str(Path(written, "tokenizer"))
+            model: Any = apply_tuning(network, tuning, place, saved, adapter=adapter, new_tokens=new_tokens)
             if config.export.merge and isinstance(model, PeftModel):
                 model = model.unload()
             notes += prepare_configs(model, tokenizer)
@@ -157,8 +163,9 @@ def _stored(config: ModelConfig, place: str, name: str) -> torch.Tensor:
 
 
 def _check_token_ids(network: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> None:  # noqa: ANN401
-    """Refuse special tokens that the embedding has no row for; training would stop at the first of them."""
+    """Refuse tokens that the embedding has no row for; training would stop at the first of them."""
     rows = network.get_input_embeddings().weight.shape[0]
+    ids = tokenizer.get_vocab()
     for name in ("eos_token", "pad_token", "bos_token"):
         number = getattr(tokenizer, f"{name}_id")
         if number is not None and number >= rows:
@@ -166,15 +173,18 @@ def _check_token_ids(network: Any, tokenizer: PreTrainedTokenizerBase, place: st
                 f"the tokenizer's {name} {getattr(tokenizer, name)!r} has the id {number}, the base model {place} only "
                 f"{rows} rows in its embedding: they are not of one model"
             )
+    media = {getattr(tokenizer, name, None) for name in MEDIA_TOKENS}
+    if beyond := sorted((number, token) for token, number in ids.items() if number >= rows and token not in media):
+        raise TrainerError(f"the base model {place}: {beyond_the_embedding([token for _, token in beyond], rows)}")
 
 
-def _small(tuning: TuningConfig) -> TuningConfig:
+def _small(tuning: TuningConfig, *, keep_rank: bool) -> TuningConfig:
     """The same method at a size that costs nothing to write, and without 4 bits."""
     match tuning:
         case QloraTuning():
             plain = {name: value for name, value in tuning.model_dump().items() if name in LoraTuning.model_fields}
-            return LoraTuning.model_validate(plain | {"method": "lora", "rank": 2})
-        case LoraTuning():
+            return _small(LoraTuning.model_validate(plain | {"method": "lora"}), keep_rank=keep_rank)
+        case LoraTuning() if not keep_rank:
             return tuning.model_copy(update={"rank": 2})  # "orthogonal" needs an even one
         case PromptTuning():
             return FullTuning()  # its vectors begin as rows of the embedding, which is not read

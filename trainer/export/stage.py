@@ -25,6 +25,7 @@ from transformers import (
 from trainer import sealed
 from trainer.base_files import base_digests, refuse_other_base
 from trainer.config import LoraTuning, PromptTuning, QloraTuning, TrainerConfig
+from trainer.data.new_tokens import read_new_tokens
 from trainer.data.shards import PackedSplit
 from trainer.errors import TrainerError
 from trainer.export.agreement import compare_with_vllm, refuse_disagreement
@@ -49,6 +50,7 @@ from trainer.export.folder import (
     write_files,
 )
 from trainer.model import base_folder
+from trainer.new_rows import add_rows
 from trainer.stored import StoredTensors, newest
 from trainer.tuning import apply_tuning, keep_weights_trainable_on_cpu, quantization
 
@@ -256,7 +258,11 @@ def _trained_model(job: Job, shapes: dict[str, list[int]], stored: StoredTensors
     base = _load_base(job, quantized=quantized)
     if quantized and dequantized:
         base = base.dequantize(dtype=job.dtype)
-    model = apply_tuning(base, job.config.tuning, job.base, str(job.run_dir / "data" / "tokenizer"))
+    new_tokens = read_new_tokens(job.config.model, job.run_dir)
+    add_rows(base, new_tokens)
+    tokenizer = str(job.run_dir / "data" / "tokenizer")
+    adapter = job.config.model.adapter
+    model = apply_tuning(base, job.config.tuning, job.base, tokenizer, adapter=adapter, new_tokens=tuple(new_tokens))
     _fill(model, shapes, stored)
     return model.eval()
 

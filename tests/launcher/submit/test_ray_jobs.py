@@ -60,12 +60,15 @@ def test_only_this_packages_files_and_the_configuration_are_sent(
 
 
 def test_paths_mean_the_same_on_the_cluster(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    config = load_config(repository / "configs/quickstart.yaml", ["run.storage=runs", "model={name_or_path: base}"])
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    given = "model={name_or_path: base, adapter: adapter}"
+    config = load_config(repository / "configs/quickstart.yaml", ["run.storage=runs", given])
     moved = ray_jobs.made_absolute(config, tmp_path)
     assert str(moved.run.storage) == f"{tmp_path}/runs"
     assert str(moved.data.path) == f"{tmp_path}/runs/quickstart-data.json"
     assert moved.model.name_or_path == f"{tmp_path}/base"
+    assert moved.model.adapter == f"{tmp_path}/adapter"
     tree = config.model_dump(mode="json") | {"model": {"name_or_path": "owner/name"}}
     assert ray_jobs.made_absolute(RunConfig.model_validate(tree), tmp_path).model.name_or_path == "owner/name"
 
