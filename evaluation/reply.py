@@ -70,23 +70,28 @@ def read_reply(body: object, limit: str = "the limit of tokens") -> Reply:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return Reply(None, None, _no_message(fields), *tokens)
     choice = choices[0]
-    message, reason = choice.get("message"), finish_reason_of(choice.get("finish_reason"))
-    if not isinstance(message, dict):
-        text = choice.get("text")
-        if not isinstance(text, str):
-            return Reply(None, reason, "the endpoint's answer holds no message", *tokens)
-        return Reply(text, reason, None, *tokens)
+    reason = finish_reason_of(choice.get("finish_reason"))
+    if isinstance(choice.get("message"), dict):
+        return _read_message(choice["message"], reason, tokens, limit)
+    if isinstance(choice.get("text"), str):
+        return Reply(choice["text"], reason, None, *tokens)
+    return Reply(None, reason, "the endpoint's answer holds no message", *tokens)
+
+
+def _read_message(message: dict[str, Any], reason: str | None, tokens: tuple[int, int], limit: str) -> Reply:
     parts = list(_parts(message.get("content")))
-    thought = _thought(message, parts)
-    if message.get("refusal") or any(kind == "refusal" for kind, _ in parts):
-        return Reply(None, reason, "the model refused", *tokens, thought=thought)
     text = "".join(words for kind, words in parts if kind == "text")
-    if thought is not None and not text.strip():
-        return Reply(None, reason, unclosed_cause(reason, limit), *tokens, thought=thought)
+    thought = _thought(message, parts)
     others = sorted({words for kind, words in parts if kind == "other"})
-    if others and not text:
-        return Reply(None, reason, f"the endpoint's answer holds no text, only {', '.join(others)}", *tokens)
-    return Reply(text, reason, None, *tokens, thought=thought)
+    if message.get("refusal") or any(kind == "refusal" for kind, _ in parts):
+        cause: str | None = "the model refused"
+    elif thought is not None and not text.strip():
+        cause = unclosed_cause(reason, limit)
+    elif others and not text:
+        cause = f"the endpoint's answer holds no text, only {', '.join(others)}"
+    else:
+        cause = None
+    return Reply(text if cause is None else None, reason, cause, *tokens, thought=thought)
 
 
 def finish_reason_of(word: object) -> str | None:
