@@ -86,7 +86,8 @@ def _read_message(message: dict[str, Any], reason: str | None, tokens: tuple[int
     if message.get("refusal") or any(kind == "refusal" for kind, _ in parts):
         cause: str | None = "the model refused"
     elif thought is not None and not text.strip():
-        cause = unclosed_cause(reason, limit)
+        said_stop = f"the endpoint's answer holds a thought and no answer (finish reason: {reason})"
+        cause = unclosed_cause(reason, limit) if reason == "length" else said_stop
     elif others and not text:
         cause = f"the endpoint's answer holds no text, only {', '.join(others)}"
     else:
