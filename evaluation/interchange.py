@@ -301,20 +301,25 @@ def _join(answers: Sequence[_Answer], known: Mapping[str, Row], path: Path) -> d
         for question in {_folded(_question(row)), _folded(_users(row)[-1] if _users(row) else "")}:
             by_question.setdefault(question, []).append(name)
     separators = {str(row.get("input_separator") or _INPUT_SEPARATOR) for row in known.values()}
+    # A file that gives some rows a system message means it where a row has none.
+    has_systems = any(answer.system for answer in answers)
     joined: dict[str, _Answer] = {}
     for answer in answers:
         asked = dict.fromkeys(_folded(answer.question(separator)) for separator in sorted(separators))
         names = dict.fromkeys(name for question in asked for name in by_question.get(question, ()))
-        joined[_only_row(answer, {name: known[name] for name in names}, joined, path)] = answer
+        rows = {name: known[name] for name in names}
+        joined[_only_row(answer, rows, joined, path, by_system=has_systems)] = answer
     return joined
 
 
-def _only_row(answer: _Answer, rows: Mapping[str, Row], taken: Mapping[str, object], path: Path) -> str:
+def _only_row(
+    answer: _Answer, rows: Mapping[str, Row], taken: Mapping[str, object], path: Path, *, by_system: bool
+) -> str:
     """Choose among the test rows with an answer's question; equal rows are taken in order."""
     words = repr(answer.instruction[:80])
     if not rows:
         raise EvaluationError(f"{path}: no row of data/test.jsonl asks {words}; the files do not line up")
-    if answer.system:
+    if by_system:
         rows = {name: row for name, row in rows.items() if _folded(_system(row)) == _folded(answer.system)}
     if not rows:
         raise EvaluationError(

@@ -146,7 +146,9 @@ def test_an_unclosed_thought_is_a_failure_with_its_cause(model, engine, tmp_path
         assert row["thought"].startswith("hm")
     with pytest.raises(EvaluationError, match=r"2 generation_failed.*1 x the thought was not closed within generation"):
         judge(ReferenceJudge(), ["tuned"], tmp_path)
-    assert [row["state"] for row in read_rows(tmp_path / "scores/tuned.jsonl")] == ["generation_failed"] * 2 + ["scored"]
+    assert [row["state"] for row in read_rows(tmp_path / "scores/tuned.jsonl")] == ["generation_failed"] * 2 + [
+        "scored"
+    ]
     # Greedy, it would not come to an end the second time either; with more room it may.
     assert generate(CONFIG, tmp_path, source)["models"]["tuned"]["reused"] == 3
     assert generate(CONFIG.model_copy(update={"max_tokens": 41}), tmp_path, source)["models"]["tuned"]["reused"] == 0
