@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evaluation.config import ApiModel, GenerationConfig, ModelSource
 from evaluation.endpoint import EndpointClient
@@ -115,7 +115,7 @@ def _plan(
     if isinstance(source, ApiModel):
         fingerprint = content_key("api", source.base_url, source.model, source.prompt, source.send_sampling)
         remote = _RemoteTask(name, path, fingerprint, family_of(source.model), source=source)
-        sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+        sampling: Row = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
         if source.prompt == "chat":  # in the endpoint's own template, whose tags are not the training template's
             prompts = [replace(prompt, thinking=None) for prompt in prompts]
         asked = [_asked_in_chat(prompt) if source.prompt == "chat" else prompt.text for prompt in prompts]
@@ -227,12 +227,12 @@ def _answer_remotely(config: GenerationConfig, task: _RemoteTask, counter: RowCo
     """Answer everything that a model at an endpoint still owes."""
     started = time.monotonic()
     source = task.source
-    kind = "chat" if source.prompt == "chat" else "completions"
+    kind: Literal["chat", "completions"] = "chat" if source.prompt == "chat" else "completions"
     client = EndpointClient(source, source.model, f"generation.models.{task.name}", kind)
 
     def request(owed: tuple[Prompt, Row]) -> Row:
         prompt, row = owed
-        given = {"messages": list(prompt.messages)} if kind == "chat" else {"prompt": prompt.text}
+        given: Row = {"messages": list(prompt.messages)} if kind == "chat" else {"prompt": prompt.text}
         asked = given | {client.limit_name: config.max_tokens}
         if client.takes_template_kwargs and prompt.template_kwargs:
             asked["extra_body"] = {"chat_template_kwargs": dict(prompt.template_kwargs)}

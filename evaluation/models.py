@@ -119,8 +119,10 @@ def render_as_chat(prompts: Sequence[Prompt], source: ModelSource) -> list[Promp
     rendered = []
     for prompt in prompts:
         try:
-            text = tokenizer.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, tokenize=False, **prompt.template_kwargs
+            text = str(
+                tokenizer.apply_chat_template(
+                    list(prompt.messages), add_generation_prompt=True, tokenize=False, **prompt.template_kwargs
+                )
             )
         except TemplateError as error:
             raise EvaluationError(f"{source.path}: its chat template refuses prompt {prompt.id!r} ({error})") from error

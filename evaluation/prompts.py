@@ -101,8 +101,8 @@ def thinking_of_row(row: Row) -> Thinking | None:
     fields = row.get("thinking")
     if fields is None:
         return None
-    texts = [fields.get(name) for name in ("open", "close")] if isinstance(fields, dict) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = [str(fields.get(name) or "") for name in ("open", "close")] if isinstance(fields, dict) else []
+    if not texts or not all(text.strip() for text in texts):
         raise TypeError(f"thinking is {fields!r}, not a mapping with the texts open and close")
     return Thinking(texts[0], texts[1], bool(fields.get("opened")), str(fields.get("plain") or ""))
 

@@ -23,7 +23,7 @@ from evaluation.vllm_cluster import EngineSpec, Request, complete
 _NUM_LOGPROBS = 20
 # The verdict's grammar leaves no room for a thought, so the judge is asked not to think, in the words of the templates
 # that can be told so. A template without a use for them ignores them.
-_NO_THOUGHT = {"enable_thinking": False, "thinking": False}
+_NO_THOUGHT: Row = {"enable_thinking": False, "thinking": False}
 _CUT_MARK = "\n[... {} tokens were cut here by the examiner ...]"
 
 

@@ -1,6 +1,7 @@
 """Thoughts in generated responses: split from the answer, kept, counted; unclosed ones are failures with a cause."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import ray
@@ -242,7 +243,7 @@ def script(folder, tokenizer, chains):
         model.model.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.zero_()
         for chain in chains:
-            for token, follower in zip(chain, chain[1:], strict=False):
+            for token, follower in pairwise(chain):
                 model.lm_head.weight[follower] += embedding[token]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -178,7 +178,8 @@ def test_our_own_rows_are_joined_by_id(tmp_path):
 
 
 QUESTIONS = [
-    {"id": "a", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Double it.\n\n4"}],
+    {"id": "a", "messages": [{"role": "system", "content": "Be brief."},
+                             {"role": "user", "content": "Double it.\n\n4"}],
      "prompt": "<|user|>Double it.\n\n4<|assistant|>", "question": "Double it.\n\n4", "input_separator": "\n\n"},
     {"id": "b", "messages": [{"role": "user", "content": "Name a fruit."}], "prompt": "Name a fruit.->"},
     {"id": "c", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
@@ -213,9 +214,8 @@ def test_questions_join_whatever_the_template_and_system(tmp_path, column, last)
 
 def test_ids_join_before_questions(tmp_path):
     rows = [{"id": name, "instruction": "anything", "output": name} for name in "cab"]
-    assert {name: row["response"] for name, row in imported(question_set(tmp_path), rows).items()} == dict(
-        zip("abc", "abc")
-    )
+    found = imported(question_set(tmp_path), rows)
+    assert {name: row["response"] for name, row in found.items()} == {"a": "a", "b": "b", "c": "c"}
 
 
 def asked(name, system=None):

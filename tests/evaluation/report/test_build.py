@@ -565,8 +565,8 @@ def test_thoughts_of_samples_stay_with_their_answers(tmp_path):
 
 
 def test_equal_scores_are_called_no_spread(tmp_path):
-    names = [f"r{number}" for number in range(12)]
-    small_run(tmp_path, dict.fromkeys(names, [0]), dict.fromkeys(names, [100]))
+    base, tuned = ({f"r{number}": [score] for number in range(12)} for score in (0, 100))
+    small_run(tmp_path, base, tuned)
     report = report_of(tmp_path)
     assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(report)) == []
     tuned = report["headline"]["tuned"]
