@@ -414,7 +414,7 @@ def test_a_difference_is_drawn_around_zero(estimate, expected):
     assert difference_chart(estimate) == expected
 
 
-def harness_file(run, model, value):
+def harness_file(run, model, value, standard_error=0.05):
     measure = {
         "task": "capitals_<b>",
         "version": 1.0,
@@ -423,7 +423,7 @@ def harness_file(run, model, value):
         "metric": "acc",
         "filter": "none",
         "value": value,
-        "standard_error": 0.05,
+        "standard_error": standard_error,
         "higher_is_better": True,
     }
     (run / "lm_eval").mkdir(exist_ok=True)
@@ -453,6 +453,14 @@ def test_benchmarks_stand_side_by_side(tmp_path):
     assert "| capitals\\_&lt;b&gt; | acc | 40 | tuned | 0.875 | 0.05 |" in (tmp_path / "report.md").read_text(
         encoding="utf-8"
     )
+
+
+def test_a_benchmark_without_a_spread_has_no_error_of_0(tmp_path):
+    make_run(tmp_path, num_rows=5)
+    harness_file(tmp_path, "tuned", 1.0, standard_error=0.0)
+    write_report(CONFIG, tmp_path)
+    assert "± 0<" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "| tuned | 1 | no spread seen |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_export_check_is_shown_with_its_limits(tmp_path):
