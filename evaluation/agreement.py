@@ -32,6 +32,7 @@ from evaluation.statistics import (
 MAX_RESAMPLES = 2000
 # An answer is good from here on, for the share of good answers.
 PASS_MARK = 50.0
+_NO_SPREAD = "no spread seen: every resample gave the same value, so no interval"
 
 Item = tuple[str, int]
 MEASURES = {
@@ -128,7 +129,7 @@ def _measures(
     pairs: Mapping[Item, tuple[float, float]],
     people: Sequence[Sequence[float | None]],
     config: ReportConfig,
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, Any]]:
     """Each measure with an interval from resampling prompts, the samples of one staying together."""
     judge, human = (np.array([pairs[item][side] for item in both]) for side in (0, 1))
 
@@ -148,7 +149,7 @@ def _measures(
 
 def _resampled(
     measure: Callable[[Sequence[int]], dict[str, float | None]], groups: list[list[int]], config: ReportConfig
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, Any]]:
     point = measure([index for group in groups for index in group])
     draws: dict[str, list[float]] = {name: [] for name in point}
     generator = np.random.default_rng(0)
@@ -158,17 +159,20 @@ def _resampled(
             if value is not None:  # a resample without spread has no correlation
                 draws[name].append(value)
     tail = (1 - config.confidence) / 2
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, value in point.items():
         drawn = draws[name] if value is not None else []
         low, high = np.quantile(drawn, [tail, 1 - tail]).tolist() if len(drawn) > 1 else (None, None)
+        if len(drawn) > 1 and np.ptp(drawn) < 1e-12:  # as for a full agreement: an interval of no width is none
+            result[name] = {"mean": value, "low": None, "high": None, "method": _NO_SPREAD}
+            continue
         result[name] = {"mean": value, "low": low, "high": high}
     return result
 
 
 def _means(
     judged: Mapping[Item, float | None], pairs: Mapping[Item, tuple[float, float]], config: ReportConfig
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, Any]]:
     """By prompt, as the samples of one prompt are no separate evidence."""
     everything = _by_prompt({item: score for item, score in judged.items() if score is not None})
     people = _by_prompt({item: rating for item, (_, rating) in pairs.items()})
@@ -250,10 +254,10 @@ def as_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figure(estimate: Mapping[str, float | None], digits: int) -> str:
+def _figure(estimate: Mapping[str, Any], digits: int) -> str:
     if estimate["mean"] is None:
         return "not measured"
     text = f"{estimate['mean']:.{digits}f}"
-    if estimate["low"] is None or estimate["high"] is None:
-        return text
-    return f"{text} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+    if estimate["low"] is not None and estimate["high"] is not None:
+        text += f" [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+    return text if estimate.get("method") is None else f"{text} ({estimate['method']})"

@@ -8,6 +8,7 @@ No row text and no key is written to a log or into an error.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import time
@@ -20,7 +21,7 @@ from openai import AsyncOpenAI
 
 from evaluation.config import Endpoint
 from evaluation.errors import EvaluationError
-from evaluation.reply import Reply
+from evaluation.reply import Reply, one_word, read_reply
 from evaluation.rows import Row
 
 Ask = TypeVar("Ask")
@@ -74,6 +75,8 @@ class EndpointClient:
         # OpenAI's own reasoning models refuse the old name, some other servers do not know the new one.
         is_openai = (urlsplit(endpoint.base_url).hostname or "").endswith("openai.com")
         self.limit_name = "max_completion_tokens" if is_openai and kind == "chat" else "max_tokens"
+        # OpenAI refuses fields that it does not know; its models have no chat template to give arguments to.
+        self.takes_template_kwargs = kind == "chat" and not is_openai
 
     def replies(self, asks: Iterable[Ask], request: Callable[[Ask], Row]) -> Iterator[tuple[Ask, Reply]]:
         """Send the requests, `concurrency` at a time.
@@ -125,17 +128,21 @@ class EndpointClient:
 
     async def _answer(self, client: AsyncOpenAI, ask: Ask, request: Callable[[Ask], Row]) -> tuple[Ask, Reply]:
         await self._pace.wait_for_turn()
-        create: Any = client.chat.completions.create if self._kind == "chat" else client.completions.create
+        service: Any = client.chat.completions if self._kind == "chat" else client.completions
+        arguments = request(ask)
         try:
-            answer = await create(model=self._model, **request(ask))
+            # The reply's own JSON: what proxies write is often not what the client's classes expect.
+            answer = await service.with_raw_response.create(model=self._model, **arguments)
+            body = json.loads(answer.content)
         except openai.APIStatusError as error:
             return ask, self._refused(error)
         except openai.APIConnectionError as error:
             return ask, Reply(None, cause=self._lost(error))
-        except (openai.OpenAIError, ValueError) as error:
-            return ask, Reply(None, cause=f"the endpoint's answer cannot be read ({type(error).__name__})")
+        except (openai.OpenAIError, ValueError, RecursionError) as error:
+            cause = f"the endpoint's answer cannot be read, so it holds no message ({type(error).__name__})"
+            return ask, Reply(None, cause=cause)
         self._num_lost_in_a_row = 0
-        reply = _read(answer)
+        reply = read_reply(body, f"{self._section.partition('.')[0]}.max_tokens={arguments.get(self.limit_name)}")
         self._pace.spend(reply.num_prompt_tokens + reply.num_response_tokens)
         self._num_good += reply.text is not None
         return ask, reply
@@ -153,7 +160,7 @@ class EndpointClient:
             EvaluationError: No other row would fare better.
         """
         status = error.status_code
-        cause = f"the endpoint answered HTTP {status} ({type(error).__name__}, code {_word(error.code)})"
+        cause = f"the endpoint answered HTTP {status} ({type(error).__name__}, code {one_word(error.code)})"
         if status in (400, 413, 422) and _TOO_LONG.search(f"{error.code} {error.message}"):
             return Reply(None, cause=f"{cause}: too long for the model", is_too_long=True)
         if status in (401, 403, 404) or (status == 400 and not self._num_good):
@@ -198,23 +205,3 @@ class EndpointClient:
                 f"{self._section}.api_key_env: null for an endpoint without one"
             )
         return key
-
-
-def _read(answer: object) -> Reply:
-    """Take the words and the token counts out of a completion, which a proxy may have written."""
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        return Reply(None, cause="the endpoint's answer holds no message")
-    usage = getattr(answer, "usage", None)
-    tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-    message, reason = getattr(choices[0], "message", None), choices[0].finish_reason
-    if getattr(message, "refusal", None):
-        return Reply(None, reason, "the model refused", *tokens)
-    text = message.content or "" if message is not None else getattr(choices[0], "text", None)
-    return Reply(text, reason, None if text is not None else "the endpoint's answer holds no message", *tokens)
-
-
-def _word(code: object) -> str:
-    """Let an error code through that is one word; anything longer could hold the text of a row."""
-    text = str(code)
-    return text if text.replace("_", "").replace("-", "").isalnum() and len(text) <= 40 else "unknown"

@@ -6,13 +6,14 @@ prompt, sampling), so a run that was killed asks only for what is missing, and a
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evaluation.config import ApiModel, GenerationConfig, ModelSource
 from evaluation.endpoint import EndpointClient
@@ -22,10 +23,13 @@ from evaluation.progress import RowCounter
 from evaluation.prompts import Prompt, read_prompts
 from evaluation.reply import Reply
 from evaluation.rows import Row, append_rows, content_key, read_rows, write_json, write_rows
+from evaluation.thoughts import Parts, split, split_known, unclosed_cause
 from evaluation.vllm_cluster import Completion, EngineSpec, Request, complete, engines_that_fit, shares
 
 # Sizes that vLLM's LoRA kernels are built for.
 _ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Of a row whose model may think.
+_THOUGHT_FIELDS = ("thought", "thought_closed")
 
 
 @dataclass
@@ -111,8 +115,10 @@ def _plan(
     if isinstance(source, ApiModel):
         fingerprint = content_key("api", source.base_url, source.model, source.prompt, source.send_sampling)
         remote = _RemoteTask(name, path, fingerprint, family_of(source.model), source=source)
-        sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
-        asked = [prompt.messages if source.prompt == "chat" else prompt.text for prompt in prompts]
+        sampling: Row = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+        if source.prompt == "chat":  # in the endpoint's own template, whose tags are not the training template's
+            prompts = [replace(prompt, thinking=None) for prompt in prompts]
+        asked = [_asked_in_chat(prompt) if source.prompt == "chat" else prompt.text for prompt in prompts]
         _list_rows(remote, prompts, config, sampling, asked)
         return remote
     facts = inspect_model(source)
@@ -130,6 +136,10 @@ def _plan(
             cause = f"{row['num_prompt_tokens']} prompt tokens; the model takes {limit}, answer included"
             _keep(task, row | _answer_fields("too_long", cause=cause))
     return task
+
+
+def _asked_in_chat(prompt: Prompt) -> object:
+    return [prompt.messages, dict(prompt.template_kwargs)] if prompt.template_kwargs else prompt.messages
 
 
 def _require_vocabulary(name: str, source: ModelSource, facts: ModelFacts, prompts: Sequence[Prompt]) -> None:
@@ -156,11 +166,12 @@ def _list_rows(
     for prompt, given in zip(prompts, asked, strict=True):
         for sample in range(config.num_samples):
             seed = _seed(config, prompt, sample)
+            tags = [] if prompt.thinking is None else [prompt.thinking.to_json()]
             task.prompts.append(prompt)
             task.expected.append({
                 "id": prompt.id, "category": prompt.category, "model": task.name, "sample": sample,
                 "prompt": prompt.text, "reference": prompt.reference, "num_prompt_tokens": len(prompt.token_ids),
-                "key": content_key(task.fingerprint, prompt.id, given, sampling, sample, seed),
+                "key": content_key(task.fingerprint, prompt.id, given, sampling, sample, seed, *tags),
             })  # fmt: skip
     _recover(task)
 
@@ -170,8 +181,9 @@ def _recover(task: _Task) -> None:
     owed = {row["key"]: row for row in task.expected}
     if task.path.exists():
         for row in read_rows(task.path, torn_end=True):
-            if row.get("key") in owed and row.get("state") == "generated":
-                names = (*_answer_fields(""), "num_prompt_tokens")
+            # The same model with the same limit would not close the same thought.
+            if row.get("key") in owed and (row.get("state") == "generated" or row.get("thought_closed") is False):
+                names = [*_answer_fields(""), "num_prompt_tokens", *(n for n in _THOUGHT_FIELDS if n in row)]
                 task.finished[row["key"]] = owed[row["key"]] | {name: row[name] for name in names}
     task.num_reused = len(task.finished)
     write_rows(task.path, task.finished.values())
@@ -184,8 +196,9 @@ def _missing(task: _Task) -> Iterator[tuple[Prompt, Row]]:
 def _answer(config: GenerationConfig, tasks: list[_LocalTask], counter: RowCounter) -> None:
     """Answer everything that models with the same weights still owe, on the same engines."""
     started = time.monotonic()
-    owed: dict[str, tuple[_LocalTask, Row]] = {}
+    owed: dict[str, tuple[_LocalTask, Prompt, Row]] = {}
     requests = []
+    may_think = any(prompt.thinking is not None for task in tasks for prompt, _ in _missing(task))
     for task in tasks:
         for prompt, row in _missing(task):
             sampling = {
@@ -195,14 +208,16 @@ def _answer(config: GenerationConfig, tasks: list[_LocalTask], counter: RowCount
                 "seed": _seed(config, prompt, row["sample"]),
                 "stop_token_ids": list(task.facts.stop_token_ids),
             }
+            if may_think:  # all requests of a call have the same keys
+                sampling["skip_special_tokens"] = prompt.thinking is None
             request = Request(f"{task.name}/{row['key']}", prompt.token_ids, sampling, task.source.adapter)
             requests.append(request)
-            owed[request.key] = (task, row)
+            owed[request.key] = (task, prompt, row)
     serials = []
     for completion in complete(_spec(config, tasks), requests):
-        task, row = owed[completion.key]
+        task, prompt, row = owed[completion.key]
         serials.append(completion.serial)
-        _keep(task, row | _outcome(completion, task.facts))
+        _keep(task, row | _outcome(completion, task, prompt, config))
         counter.advance()
     for task in tasks:
         task.wall_s = time.monotonic() - started
@@ -213,21 +228,23 @@ def _answer_remotely(config: GenerationConfig, task: _RemoteTask, counter: RowCo
     """Answer everything that a model at an endpoint still owes."""
     started = time.monotonic()
     source = task.source
-    kind = "chat" if source.prompt == "chat" else "completions"
+    kind: Literal["chat", "completions"] = "chat" if source.prompt == "chat" else "completions"
     client = EndpointClient(source, source.model, f"generation.models.{task.name}", kind)
 
     def request(owed: tuple[Prompt, Row]) -> Row:
         prompt, row = owed
-        given = {"messages": list(prompt.messages)} if kind == "chat" else {"prompt": prompt.text}
+        given: Row = {"messages": list(prompt.messages)} if kind == "chat" else {"prompt": prompt.text}
         asked = given | {client.limit_name: config.max_tokens}
+        if client.takes_template_kwargs and prompt.template_kwargs:
+            asked["extra_body"] = {"chat_template_kwargs": dict(prompt.template_kwargs)}
         if source.send_sampling:
             asked |= {"temperature": config.temperature, "top_p": config.top_p}
             if (seed := _seed(config, prompt, row["sample"])) is not None:
                 asked["seed"] = seed
         return asked
 
-    for (_, row), reply in client.replies(list(_missing(task)), request):
-        _keep(task, row | _outcome_of_reply(reply))
+    for (prompt, row), reply in client.replies(list(_missing(task)), request):
+        _keep(task, row | _outcome_of_reply(reply, source, prompt, config))
         counter.advance()
     task.wall_s = time.monotonic() - started
 
@@ -237,19 +254,72 @@ def _keep(task: _Task, finished: Row) -> None:
     append_rows(task.path, [finished])
 
 
-def _outcome_of_reply(reply: Reply) -> Row:
+def _outcome_of_reply(reply: Reply, source: ApiModel, prompt: Prompt, config: GenerationConfig) -> Row:
     """Say what became of a row at an endpoint; its tokens are the endpoint's, not the training tokenizer's."""
     tokens = {"num_prompt_tokens": reply.num_prompt_tokens}
     if reply.text is None or reply.cause is not None:
-        return tokens | _answer_fields("too_long" if reply.is_too_long else "generation_failed", cause=reply.cause)
-    return tokens | _answer_fields("generated", reply.text, reply.finish_reason, reply.num_response_tokens)
+        state = "too_long" if reply.is_too_long else "generation_failed"
+        failed = tokens | _answer_fields(state, cause=reply.cause)
+        if reply.thought is None:
+            return failed
+        lengths = {"finish_reason": reply.finish_reason, "num_response_tokens": reply.num_response_tokens}
+        return failed | lengths | {"thought": reply.thought, "thought_closed": False}
+    parts = _split(reply.text, prompt, knows_tags=source.prompt == "chat")
+    if reply.thought is not None:
+        thoughts = [thought for thought in (reply.thought, parts.thought) if thought]
+        parts = Parts("\n\n".join(thoughts), parts.answer, parts.answer is not None)
+    limit = f"generation.max_tokens={config.max_tokens}"
+    return tokens | _answered(parts, prompt, reply.finish_reason, reply.num_response_tokens, limit)
 
 
-def _outcome(completion: Completion, facts: ModelFacts) -> Row:
+def _outcome(completion: Completion, task: _LocalTask, prompt: Prompt, config: GenerationConfig) -> Row:
     if completion.text is None:
         return _answer_fields("generation_failed", cause=completion.cause)
-    reason = completion.finish_reason(facts.stop_token_ids)
-    return _answer_fields("generated", completion.text, reason, len(completion.token_ids))
+    reason = completion.finish_reason(task.facts.stop_token_ids)
+    num_tokens = len(completion.token_ids)
+    parts = _split(completion.text, prompt, knows_tags=task.source.prompt == "chat")
+    if prompt.thinking is not None:
+        # The engine left the special tokens in the text, as the tags may be some.
+        specials = {task.facts.special_tokens.get(token, "") for token in completion.token_ids} - {""}
+        parts = Parts(_without(parts.thought, specials), _without(parts.answer, specials), parts.closed)
+    limit = f"generation.max_tokens={config.max_tokens}"
+    if num_tokens < config.max_tokens:  # a model with little room beside the prompt
+        limit = f"the model's limit of {task.max_model_len} tokens, prompt included"
+    return _answered(parts, prompt, reason, num_tokens, limit)
+
+
+def _split(text: str, prompt: Prompt, *, knows_tags: bool) -> Parts:
+    """Split a response at the tags of its template, or else, for a model asked in its own way, at known tags."""
+    if prompt.thinking is not None:
+        return split(text, prompt.thinking)
+    return split_known(text) if knows_tags else Parts(None, text, None)
+
+
+def _without(text: str | None, tokens: set[str]) -> str | None:
+    if text is None or not tokens:
+        return text
+    return re.sub("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), "", text)
+
+
+def _answered(parts: Parts, prompt: Prompt, reason: str | None, num_tokens: int, limit: str) -> Row:
+    """Say what became of a response: an answer, or a thought that was not closed.
+
+    Args:
+        parts: The response.
+        prompt: What was asked.
+        reason: Why the model stopped writing.
+        num_tokens: Tokens of the whole response.
+        limit: The setting that limits it, with its value.
+
+    Returns:
+        The row's fields; those of the thought only where the model's template writes thoughts, or it had one.
+    """
+    if parts.answer is None:
+        fields = _answer_fields("generation_failed", None, reason, num_tokens, unclosed_cause(reason, limit))
+        return fields | {"thought": parts.thought, "thought_closed": False}
+    thought = {"thought": parts.thought, "thought_closed": parts.closed}
+    fields = _answer_fields("generated", parts.answer, reason, num_tokens)
+    return fields | (thought if prompt.thinking is not None or parts.thought else {})
 
 
 def _answer_fields(

@@ -279,7 +279,8 @@ def _require_scored(result: Mapping[str, Any], min_scored: float) -> None:
     for name, count in result["models"].items():
         if count.get("scored", 0) < min_scored * count["asked"]:
             states = ", ".join(f"{count[state]} {state}" for state in _STATES if count.get(state))
-            short.append(f"{name}: {states} of {count['asked']} asked")
+            why = "".join(f", {num} x {cause}" for cause, num in count.get("causes", {}).items())
+            short.append(f"{name}: {states} of {count['asked']} asked{why}")
     if short:
         raise EvaluationError(
             f"fewer than judge.min_scored ({min_scored:.0%}) of the rows are scored ({'; '.join(short)}); the causes "

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from evaluation.config import ModelSource
 from evaluation.errors import EvaluationError
 from evaluation.prompts import Prompt
+from evaluation.thoughts import thinking_of
 
 _WHOLE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 64 * 2**10
@@ -33,6 +34,7 @@ class ModelFacts:
         adapter_rank: Rank of the LoRA adapter; 0 without one.
         family: The architecture's word, such as llama.
         head_dim: Width of an attention head.
+        special_tokens: Texts of the tokenizer's special tokens by id.
     """
 
     fingerprint: str
@@ -42,6 +44,7 @@ class ModelFacts:
     adapter_rank: int
     family: str
     head_dim: int
+    special_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
 def inspect_model(source: ModelSource) -> ModelFacts:
@@ -79,6 +82,9 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         adapter_rank=rank,
         family=config.model_type,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        special_tokens={
+            number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        },
     )
 
 
@@ -101,7 +107,8 @@ def render_as_chat(prompts: Sequence[Prompt], source: ModelSource) -> list[Promp
         source: The model.
 
     Returns:
-        The same prompts with other tokens; the text that a judge reads stays.
+        The same prompts with other tokens, and the texts that this template writes around a thought; the text that a
+        judge reads stays.
 
     Raises:
         EvaluationError: The model has no chat template, or it refuses the messages.
@@ -112,12 +119,17 @@ def render_as_chat(prompts: Sequence[Prompt], source: ModelSource) -> list[Promp
     rendered = []
     for prompt in prompts:
         try:
-            text = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
+            text = str(
+                tokenizer.apply_chat_template(
+                    list(prompt.messages), add_generation_prompt=True, tokenize=False, **prompt.template_kwargs
+                )
+            )
         except TemplateError as error:
             raise EvaluationError(f"{source.path}: its chat template refuses prompt {prompt.id!r} ({error})") from error
         # The template writes the special tokens itself.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        rendered.append(replace(prompt, token_ids=tuple(ids)))
+        thinking = thinking_of(tokenizer.chat_template, text)
+        rendered.append(replace(prompt, token_ids=tuple(ids), thinking=thinking))
     return rendered
 
 

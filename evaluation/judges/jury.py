@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from evaluation.config import JuryJudge
+from evaluation.judges.scores_file import frequent_causes
 from evaluation.rows import Row, content_key, read_rows, write_json, write_rows
 from evaluation.statistics import krippendorff_alpha
 
@@ -83,7 +84,7 @@ def _count(rows: Sequence[Row]) -> dict[str, Any]:
     counts: dict[str, Any] = {"asked": len(rows), "mean": fmean(scores) if scores else None, "reused": 0}
     for row in rows:
         counts[row["state"]] = counts.get(row["state"], 0) + 1
-    return counts
+    return counts | frequent_causes(rows)
 
 
 def _summary(name: str, members: Sequence[Row], ratings: Sequence[Sequence[float]]) -> Row:

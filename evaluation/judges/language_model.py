@@ -78,6 +78,7 @@ class _Pending:
 
     parts: dict[int, Any] = field(default_factory=dict)  # by part: what the form read
     words: dict[int, str] = field(default_factory=dict)  # by part: the judge's own words
+    thoughts: dict[int, str] = field(default_factory=dict)  # by part: what an endpoint gives as its thought
     failed: Verdict | None = None  # the failed attempts so far
     num_owed: int = 0  # replies of this attempt that are on their way
     is_hopeless: bool = False  # a prompt does not fit the judge's model
@@ -163,7 +164,7 @@ class PromptedJudge:
                 state = pending[ask.unit.key]
                 cause = self._take(state, ask, reply)
                 if cause is not None:
-                    failed = Verdict("judge_failed", cause=cause, raw=reply.text)
+                    failed = Verdict("judge_failed", cause=cause, raw=reply.text or reply.thought)
                     state.failed = add_attempt(state.failed, failed)
                 if state.num_owed:
                     continue
@@ -214,6 +215,8 @@ class PromptedJudge:
         except VerdictError as error:
             return str(error)
         state.words[ask.part] = reply.text
+        if reply.thought is not None:
+            state.thoughts[ask.part] = reply.thought
         return None
 
     def _settle(self, state: _Pending) -> Verdict:
@@ -221,6 +224,8 @@ class PromptedJudge:
         if len(state.parts) == self.form.num_parts:
             score, details = self.form.combine([state.parts[part] for part in range(self.form.num_parts)])
             words = "\n---\n".join(state.words[part] for part in range(self.form.num_parts))
+            if state.thoughts:
+                details = details | {"thought": "\n---\n".join(state.thoughts.values())}
             verdict = add_attempt(state.failed, Verdict("scored", score, raw=words, details=details))
         else:
             verdict = state.failed or Verdict("judge_failed", cause="the judge returned no verdict")

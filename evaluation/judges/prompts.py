@@ -118,7 +118,9 @@ def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
     """
     known = sorted((token for token in special_tokens if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join([*map(re.escape, known), _CONTROL.pattern])) if known else _CONTROL
-    return pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    while pattern.search(text):  # one token may hold another
+        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
 
 
 def _question(row: Row, clean: Callable[[str], str]) -> list[str]:

@@ -54,7 +54,7 @@ class ScoresFile:
         return [self.finished.get(unit.key) or _unanswered(self.asked, unit) for unit in self.owed]
 
     def finish(self) -> dict[str, Any]:
-        """Bring the file into the order of the responses and count it: rows by state, mean, calls and tokens."""
+        """Bring the file into the order of the responses and count it: rows by state and cause, mean, calls, tokens."""
         rows = self.rows()
         write_rows(self.path, rows)
         scores = [row["score"] for row in rows if row["state"] == "scored"]
@@ -62,9 +62,16 @@ class ScoresFile:
             "asked": len(rows),
             **Counter(row["state"] for row in rows),
             "mean": sum(scores) / len(scores) if scores else None,
+            **frequent_causes(rows),
             "reused": self.num_reused,
             **{name: sum(row[name] for row in rows) for name in _COUNTS},
         }
+
+
+def frequent_causes(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Count why rows have no score: under `causes` the three most frequent ones; nothing where all are scored."""
+    causes = Counter(str(row["cause"]) for row in rows if row["state"] != "scored")
+    return {"causes": dict(causes.most_common(3))} if causes else {}
 
 
 def open_scores(asked: Judge, rows: Sequence[Row], path: Path, repeats: int) -> ScoresFile:

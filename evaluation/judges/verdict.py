@@ -11,11 +11,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from evaluation.thoughts import KNOWN
+
 # The asked-for form, at the very end: no closing quotation mark may follow, which would make it a quotation.
 _BRACKETED = re.compile(r"\[\[\s*([^\[\]]*?)\s*\]\][\s.*]*\Z")
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```\Z", re.DOTALL)
 _HEAD = r"[*\s]*(?:(?:final\s+)?(?:score|rating|verdict|better|winner)\s*[:=]\s*)?[*\s]*"
 _SCORE_LINE = re.compile(_HEAD + r"(-?\d{1,9})\s*(?:/\s*100)?[.*\s]*", re.IGNORECASE)
+_CLOSES = tuple(thinking.close.strip() for thinking in KNOWN)
+_OPENED = re.compile("|".join(rf"(?m:^\s*){re.escape(thinking.open.strip())}" for thinking in KNOWN) + "|<think>")
 _WORD_LINE = re.compile(_HEAD + r"(\w+)[.*\s]*", re.IGNORECASE)
 
 
@@ -119,20 +123,26 @@ def parse_grades(reply: str, least_share: float = 0.5) -> float:
 
 def _final(reply: str, finish_reason: str | None) -> str | dict[str, Any]:
     """Cut a reply down to what it says last: a JSON object, the bracketed verdict, or the last line."""
-    if finish_reason != "stop":
+    # What the judge thinks is no verdict, and the last thought that it closed ends what it thinks.
+    is_json = reply.lstrip().startswith("{")
+    end = 0 if is_json else max((reply.rfind(close) + len(close) for close in _CLOSES if close in reply), default=0)
+    text = reply[end:].strip()
+    if not is_json and _OPENED.search(text):
+        way_out = ": raise judge.max_tokens" if finish_reason == "length" else ""
+        raise VerdictError(f"the judge's thought did not end (finish reason: {finish_reason}){way_out}")
+    if finish_reason not in ("stop", None):
         raise VerdictError(f"the reply did not end by itself (finish reason: {finish_reason})")
-    before, closing, after = reply.rpartition("</think>")
-    text = (after if closing else reply).strip()
-    if "<think>" in text:
-        raise VerdictError("the reasoning did not end")
     if not text:
-        raise VerdictError("nothing follows the reasoning" if before else "the reply is empty")
+        raise VerdictError("nothing follows the reasoning" if end else "the reply is empty")
     fenced = _FENCED.search(text)
     last_line = text.splitlines()[-1].strip()
     for candidate in (text, fenced[1] if fenced else "", last_line):
         if candidate.startswith("{"):
             return _json_object(candidate)
     bracketed = _BRACKETED.search(text)
+    if bracketed is None and finish_reason is None:
+        # `Score: 8` may be a `Score: 85` that was cut; JSON and brackets are closed or they are none.
+        raise VerdictError("the reply has no finish reason, and no verdict in brackets or JSON that shows its end")
     return bracketed[1] if bracketed else last_line
 
 

@@ -16,10 +16,14 @@ from evaluation.judges.prompts import Messages, neutralise
 from evaluation.models import inspect_model
 from evaluation.reply import Reply
 from evaluation.rows import Row
+from evaluation.thoughts import thinking_of
 from evaluation.vllm_cluster import EngineSpec, Request, complete
 
 # The most that vLLM gives by default; ten grades and what competes with them.
 _NUM_LOGPROBS = 20
+# The verdict's grammar leaves no room for a thought, so the judge is asked not to think, in the words of the templates
+# that can be told so. A template without a use for them ignores them.
+_NO_THOUGHT: Row = {"enable_thinking": False, "thinking": False}
 _CUT_MARK = "\n[... {} tokens were cut here by the examiner ...]"
 
 
@@ -64,6 +68,8 @@ class VllmEngine:
             "expectation": config.expectation,
             "dtype": config.dtype,
         }
+        if self._thinks():
+            self.identity["thought"] = "closed"
 
     def clean(self, text: str) -> str:
         """Break the model's control tokens, and cut a text above `max_answer_tokens` with a visible mark."""
@@ -107,9 +113,26 @@ class VllmEngine:
     def _tokens(self, messages: Messages) -> list[int]:
         if self._tokenizer.chat_template is None:
             return list(self._tokenizer(messages[0]["content"] + "\n\n")["input_ids"])
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # The template writes the special tokens itself.
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(self._rendered(messages), add_special_tokens=False)["input_ids"])
+
+    def _rendered(self, messages: Messages) -> str:
+        """Write the prompt up to where the verdict starts; a thought that the template opens is closed."""
+        text = str(
+            self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **_NO_THOUGHT)
+        )
+        thinking = thinking_of(self._tokenizer.chat_template, text)
+        if thinking is None:
+            return text
+        return text + (thinking.close if thinking.opened else thinking.plain)
+
+    def _thinks(self) -> bool:
+        """Whether the template would let the judge think."""
+        if self._tokenizer.chat_template is None:
+            return False
+        probe = [{"role": "user", "content": "x"}]
+        plain = self._tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
+        return bool(plain != self._rendered(probe))
 
     def _digit_probabilities(self, logprobs: Mapping[int, float]) -> str:
         """Add up the probabilities of the tokens that are a digit, with or without a space before it; as JSON."""

@@ -95,7 +95,7 @@ def comparison_words(difference: PairedDifference, detectable: float | None, con
     return f"Not distinguishable: the difference of {mean:+.1f} points could be chance.{finds}"
 
 
-def interval_text(estimate: dict[str, float | None], *, signed: bool = False) -> str:
+def interval_text(estimate: dict[str, Any], *, signed: bool = False) -> str:
     """`86.1 [82.7, 89.3]`, with a plus sign on a positive mean when asked; `not measured` where nothing is.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from evaluation.report.scores import (
     pair,
 )
 from evaluation.rows import Row
-from evaluation.statistics import bounds_with_missing, classification, holm, krippendorff_alpha, spread
+from evaluation.statistics import bounds_with_missing, classification, holm, krippendorff_alpha, proportion, spread
 
 
 def build_numbers(files: RunFiles, config: ReportConfig) -> dict[str, Any]:
@@ -43,10 +43,11 @@ def build_numbers(files: RunFiles, config: ReportConfig) -> dict[str, Any]:
     base, tuned = models.get("base", empty), models.get("tuned", empty)
     # Scores of different judges have no difference; each model keeps its own mean.
     both = replace(pair(ids if have_one_judge(base, tuned) else [], base, tuned, config), num_asked=len(ids))
+    headline = headline_of(both, config)
     return {
         "schema_version": 1,
         "name": files.run_dir.resolve().name,
-        "headline": headline_of(both, config),
+        "headline": headline,
         "confidence": config.confidence,
         "comparison": comparison_of(both, config, is_pairwise=files.judge_summary.get("protocol") == "pairwise"),
         "models": _models(files, models, ids, config),
@@ -61,7 +62,7 @@ def build_numbers(files: RunFiles, config: ReportConfig) -> dict[str, Any]:
         "stages": [_stage(stage, files.records[stage]) for stage in STAGES if stage in files.records],
         "throughput": _throughput(files),
         "versions": _versions(files.records),
-        "problems": find_problems(files, models, len(ids)),
+        "problems": find_problems(files, models, len(ids), headline),
         "missing": files.missing,
     }
 
@@ -87,6 +88,7 @@ def _models(
             "difference_to_base": others[name].estimate.to_json() if name in others else None,
             "p_holm": corrected.get(name),
             "num_cut": sum(row.get("finish_reason") == "length" for row in files.responses.get(name, {}).values()),
+            "thoughts": _thoughts(list(files.responses.get(name, {}).values()), config),
             "verdict_alpha": _verdict_alpha(files.verdicts.get(name, {})),
             "measures": _measures(details),
             "classification": _classification(details),
@@ -107,6 +109,24 @@ def _model(scores: ModelScores, num_asked: int, config: ReportConfig) -> dict[st
         "num_scored_verdicts": scores.num_scored_verdicts,
         "spread": asdict(spread(list(scores.verdicts.values()))),
         "judges": list(scores.judges),
+    }
+
+
+def _thoughts(responses: Sequence[Row], config: ReportConfig) -> dict[str, Any] | None:
+    """How long a model thinks and how often it does not come to an end; None where it never thought."""
+    own = [row for row in responses if row.get("thought_closed") is not None]
+    if not own:
+        return None
+    closed = [len(row["thought"]) for row in own if row["thought_closed"] and row.get("thought")]
+    num_unclosed = sum(not row["thought_closed"] for row in own)
+    return {
+        "num_responses": len(responses),
+        "num_thoughts": len(own),
+        "num_unclosed": num_unclosed,
+        "unclosed_share": proportion(num_unclosed, len(own), confidence=config.confidence).to_json(),
+        "mean_characters": fmean(closed) if closed else None,
+        "median_characters": float(median(closed)) if closed else None,
+        "longest_characters": max(closed, default=None),
     }
 
 

@@ -62,7 +62,7 @@ def sample_rows(files: RunFiles, models: list[str]) -> list[Row]:
 
     Keys are short since they stand ten thousand times in the page: i id, c category, p prompt, r reference, and
     m, in the models' order: t responses (one a sample), v verdicts as [sample, repeat, state, score, raw or cause,
-    disagreement of a jury's members].
+    disagreement of a jury's members]. Where there are thoughts: h of the reference, and in m one for each response.
 
     Args:
         files: The run directory's content.
@@ -88,6 +88,11 @@ def sample_rows(files: RunFiles, models: list[str]) -> list[Row]:
             row["p"] = row["p"] or visible(_prompt_text(files.test.get(name, response)))
             row["r"] = row["r"] or visible(str(response.get("reference") or ""))
             row["m"][index]["t"].append(visible(_response_text(response)))
+            if response.get("thought"):
+                # One for each response up to this one; those after it may have none.
+                thoughts = row["m"][index].setdefault("h", [])
+                thoughts += [""] * (len(row["m"][index]["t"]) - 1 - len(thoughts))
+                thoughts.append(visible(str(response["thought"])))
         for (name, sample, repeat), verdict in sorted(files.verdicts.get(model, {}).items()):
             words = verdict.get("raw") if verdict["state"] == "scored" else verdict.get("cause")
             rows[name]["m"][index]["v"].append(
@@ -103,6 +108,8 @@ def sample_rows(files: RunFiles, models: list[str]) -> list[Row]:
     for name, test in files.test.items():
         rows[name]["p"] = rows[name]["p"] or visible(_prompt_text(test))
         rows[name]["r"] = rows[name]["r"] or visible(str(test.get("reference") or ""))
+        if test.get("reference_thought"):
+            rows[name]["h"] = visible(str(test["reference_thought"]))
     return list(rows.values())
 
 
@@ -306,7 +313,7 @@ def flatten(value: object, prefix: str = "") -> list[tuple[str, object]]:
     return [(prefix, value)]
 
 
-def difference_chart(estimate: dict[str, float | None]) -> dict[str, float] | None:
+def difference_chart(estimate: dict[str, Any]) -> dict[str, float] | None:
     """A difference and its interval on an axis with zero in the middle.
 
     Args:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
+from evaluation.reply import is_known_reason
 from evaluation.report.run_files import RunFiles
 from evaluation.report.scores import ModelScores, have_one_judge
 from evaluation.rows import Row
 from evaluation.statistics import bounds_with_missing
 
 
-def find_problems(files: RunFiles, models: dict[str, ModelScores], num_asked: int) -> list[str]:
+def find_problems(
+    files: RunFiles, models: dict[str, ModelScores], num_asked: int, headline: Mapping[str, Any]
+) -> list[str]:
     """What a reader must know before believing the headline, the gravest first."""
     problems = []
     base, tuned = models.get("base"), models.get("tuned")
@@ -39,7 +44,36 @@ def find_problems(files: RunFiles, models: dict[str, ModelScores], num_asked: in
                 f"Without a score for {name}: {unscored} of {num_asked} prompts. Had they the lowest or the highest "
                 f"score, its mean would be {worst:.1f} or {best:.1f}."
             )
+    for name, responses in files.responses.items():
+        problems += _response_problems(name, list(responses.values()))
+    return problems + _no_spread_problems(headline)
+
+
+def _response_problems(name: str, responses: list[Row]) -> list[str]:
+    """Thoughts that did not end, and answers that ended in a way that nobody knows."""
+    unclosed = [row for row in responses if row.get("thought_closed") is False]
+    reasons = Counter(str(row["finish_reason"]) for row in responses if not is_known_reason(row.get("finish_reason")))
+    problems = []
+    if unclosed:
+        causes = Counter(str(row.get("cause") or "no cause was written") for row in unclosed)
+        problems.append(
+            f"{name} did not come to an answer in {len(unclosed)} of {len(responses)} responses, which have no score "
+            f"({'; '.join(causes)})."
+        )
+    if reasons:
+        counts = ", ".join(f"{num} with {reason!r}" for reason, num in reasons.most_common())
+        problems.append(
+            f"{name} has responses that ended for a reason that is not known, so they may be cut: {counts}."
+        )
     return problems
+
+
+def _no_spread_problems(headline: Mapping[str, Any]) -> list[str]:
+    marked = {name: headline[name] for name in ("base", "tuned", "difference") if headline[name].get("method")}
+    return [
+        f"All {headline['num_prompts']} values of {name} are {estimate['mean']:.1f}; {estimate['method']}."
+        for name, estimate in marked.items()
+    ]
 
 
 def _export_problems(record: Row | None) -> list[str]:

@@ -110,6 +110,10 @@
     element.dir = "auto";
     return element;
   }
+  function thought(words) {
+    if (!words) return [];
+    return [make("details", "thought", make("summary", "", `Thought, ${words.length.toLocaleString("en")} characters`), text(words))];
+  }
   const figure = (value) => (value === null ? "\u2013" : Number.isInteger(value) ? String(value) : value.toFixed(1));
   const signed = (value) => (value > 0 ? "+" : value < 0 ? "\u2212" : "") + figure(Math.abs(value));
 
@@ -139,7 +143,9 @@
     const sides = models.map((model, index) => {
       const cell = row.m[index];
       const side = index === base ? 0 : index === tuned ? 1 : -1;
-      const texts = cell.t.map((value, sample) => (marked && side >= 0 && sample === 0 ? markedText(marked[side]) : text(value)));
+      const texts = cell.t.flatMap((value, sample) => [
+        ...thought((cell.h || [])[sample]),
+        marked && side >= 0 && sample === 0 ? markedText(marked[side]) : text(value)]);
       return make("div", `box ${side === 0 ? "base" : side === 1 ? "tuned" : ""}`,
         make("h4", "", `${model} \u00b7 ${figure(row.scores[index])}`),
         ...(texts.length ? texts : [make("p", "muted", "no response in the files")]),
@@ -148,7 +154,7 @@
     });
     return make("div", "detail",
       make("div", "box", make("h4", "", "Prompt"), text(row.p)),
-      make("div", "box", make("h4", "", "Reference"), text(row.r)),
+      make("div", "box", make("h4", "", "Reference"), ...thought(row.h), text(row.r)),
       make("div", "sides", ...sides));
   }
 

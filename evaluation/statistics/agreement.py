@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from evaluation.statistics.means import Estimate, Floats, as_values, standard_error
+from evaluation.statistics.means import UNSEEN, Estimate, Floats, as_values, no_spread, standard_error
 
 
 def cohen_kappa(first: ArrayLike, second: ArrayLike, *, quadratic: bool) -> float | None:
@@ -161,5 +161,14 @@ def corrected_mean(judged: ArrayLike, pairs: Sequence[tuple[float, float]], *, c
     if score_error is None or mean_error is None:
         return Estimate(None, None, None)
     mean = float(scores.mean() + errors.mean())
-    half = float(stats.norm.ppf((1 + confidence) / 2)) * math.hypot(score_error, mean_error)
-    return Estimate(mean, mean - half, mean + half)
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    if score_error and mean_error:
+        half = z * math.hypot(score_error, mean_error)
+        return Estimate(mean, mean - half, mean + half)
+    # What has no spread has no variance to add; its share of the interval is the bound on what was not seen.
+    below, above = [], []
+    for values, error, lowest in ((scores, score_error, 0.0), (errors, mean_error, -100.0)):
+        part = no_spread(float(values[0]), values.size, confidence=confidence, lowest=lowest, highest=100.0)
+        below.append(z * error if error else values[0] - (part.low or 0.0))
+        above.append(z * error if error else (part.high or 0.0) - values[0])
+    return Estimate(mean, mean - math.hypot(*below), mean + math.hypot(*above), UNSEEN)

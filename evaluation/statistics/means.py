@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,19 +17,30 @@ Floats = NDArray[np.float64]
 
 # Elements of a block of resamples held in memory at a time (8 bytes each).
 BLOCK_ELEMENTS = 4_000_000
+# Values that differ by less are equal: means of repeats leave rounding behind.
+_ROUNDING = 1e-9
+
+
+# How an interval was made where all values are equal.
+UNSEEN = "no spread seen: interval by Wilson's bound on the unseen share"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the ends of its interval; None where too few values exist."""
+    """A mean with the ends of its interval; None where too few values exist.
+
+    `method` says how the interval was made where that is not the usual way, as for values without any spread.
+    """
 
     mean: float | None
     low: float | None
     high: float | None
+    method: str | None = None
 
-    def to_json(self) -> dict[str, float | None]:
-        """The three numbers by name."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
+    def to_json(self) -> dict[str, Any]:
+        """The three numbers by name, and the method where it is not the usual one."""
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high}
+        return numbers if self.method is None else numbers | {"method": self.method}
 
 
 def as_values(values: ArrayLike) -> Floats:
@@ -64,8 +76,42 @@ def standard_error(values: ArrayLike) -> float | None:
     return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else None
 
 
-def bootstrap_mean(values: ArrayLike, *, confidence: float, num_resamples: int, seed: int = 0) -> Estimate:
-    """The mean with its percentile bootstrap interval.
+def no_spread(value: float, num: int, *, confidence: float, lowest: float, highest: float) -> Estimate:
+    """The mean of equal values, with an interval for what was not seen.
+
+    Other values may exist that none of `num` draws showed. Their share is at most Wilson's upper bound for 0 of `num`,
+    z^2 / (num + z^2), and they may lie at either end of the scale. Where the value is an end of the scale, as for wins
+    alone, this is Wilson's interval itself.
+
+    >>> no_spread(100.0, 12, confidence=0.95, lowest=0, highest=100).low
+    75.7507...
+
+    Args:
+        value: The value that all have.
+        num: How many values.
+        confidence: Coverage, such as 0.95.
+        lowest: The scale's lower end.
+        highest: The scale's upper end.
+
+    Returns:
+        The estimate, with its method.
+    """
+    unseen = proportion(0, num, confidence=confidence).high or 0.0
+    low = value - unseen * max(0.0, value - lowest)
+    high = value + unseen * max(0.0, highest - value)
+    return Estimate(value, low, high, UNSEEN)
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    confidence: float,
+    num_resamples: int,
+    seed: int = 0,
+    lowest: float = 0.0,
+    highest: float = 100.0,
+) -> Estimate:
+    """The mean with its percentile bootstrap interval; equal values, which have no spread, by `no_spread`.
 
     Values are the independent units: average repeats and samples of one prompt first.
 
@@ -74,6 +120,8 @@ def bootstrap_mean(values: ArrayLike, *, confidence: float, num_resamples: int, 
         confidence: Coverage, such as 0.95.
         num_resamples: Resamples drawn.
         seed: Of the generator; the same seed draws the same resamples.
+        lowest: The scale's lower end.
+        highest: The scale's upper end.
 
     Returns:
         The estimate; below two values it has no interval.
@@ -81,9 +129,8 @@ def bootstrap_mean(values: ArrayLike, *, confidence: float, num_resamples: int, 
     array = as_values(values)
     if array.size < 2:
         return Estimate(mean_or_none(array), None, None)
-    if (array == array[0]).all():  # exact, where summing would leave rounding behind
-        constant = float(array[0])
-        return Estimate(constant, constant, constant)
+    if np.ptp(array) < _ROUNDING:
+        return no_spread(float(array[0]), array.size, confidence=confidence, lowest=lowest, highest=highest)
     interval = stats.bootstrap(
         (array,),
         np.mean,
@@ -97,12 +144,14 @@ def bootstrap_mean(values: ArrayLike, *, confidence: float, num_resamples: int, 
     return Estimate(float(array.mean()), float(interval.low), float(interval.high))
 
 
-def analytic_mean(values: ArrayLike, *, confidence: float) -> Estimate:
-    """The mean with its Student t interval, mean +- t(n - 1) * standard error.
+def analytic_mean(values: ArrayLike, *, confidence: float, lowest: float = 0.0, highest: float = 100.0) -> Estimate:
+    """The mean with its Student t interval, mean +- t(n - 1) * standard error; equal values by `no_spread`.
 
     Args:
         values: float64 of shape [n].
         confidence: Coverage, such as 0.95.
+        lowest: The scale's lower end.
+        highest: The scale's upper end.
 
     Returns:
         The estimate; below two values it has no interval.
@@ -112,6 +161,8 @@ def analytic_mean(values: ArrayLike, *, confidence: float) -> Estimate:
     mean = mean_or_none(array)
     if error is None or mean is None:
         return Estimate(mean, None, None)
+    if np.ptp(array) < _ROUNDING:
+        return no_spread(float(array[0]), array.size, confidence=confidence, lowest=lowest, highest=highest)
     half = float(stats.t.ppf((1 + confidence) / 2, array.size - 1)) * error
     return Estimate(mean, mean - half, mean + half)
 

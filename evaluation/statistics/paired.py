@@ -13,6 +13,9 @@ from scipy import stats
 from evaluation.errors import EvaluationError
 from evaluation.statistics.means import BLOCK_ELEMENTS, Estimate, as_values, bootstrap_mean, standard_error
 
+# Scores lie in 0..100, so differences reach that far both ways.
+_SCALE = 100.0
+
 
 @dataclass(frozen=True)
 class PairedDifference:
@@ -35,8 +38,8 @@ class PairedDifference:
     def is_distinguishable(self, confidence: float) -> bool:
         """True when the interval leaves 0 out and the sign-flip test agrees.
 
-        A bootstrap of a handful of pairs is too sure of itself: five equal gains give an interval of no width.
-        The sign-flip test knows that five coins fall alike in one of sixteen throws.
+        A bootstrap of a handful of pairs is too sure of itself. The sign-flip test knows that five coins fall alike in
+        one of sixteen throws.
         """
         low, high = self.estimate.low, self.estimate.high
         if low is None or high is None or self.p_sign_flip is None:
@@ -111,7 +114,14 @@ def paired_difference(
         p_t = float(2 * stats.t.sf(abs(t), differences.size - 1))
     return PairedDifference(
         num_pairs=int(differences.size),
-        estimate=bootstrap_mean(differences, confidence=confidence, num_resamples=num_resamples, seed=seed),
+        estimate=bootstrap_mean(
+            differences,
+            confidence=confidence,
+            num_resamples=num_resamples,
+            seed=seed,
+            lowest=-_SCALE,
+            highest=_SCALE,
+        ),
         standard_error=error,
         t=t,
         p_t=p_t,
@@ -136,9 +146,9 @@ def minimal_detectable_difference(
         power: Probability of showing the difference if it is there.
 
     Returns:
-        Points; None without pairs.
+        Points; None without pairs, or without a spread to reckon with.
     """
-    if num_pairs < 1:
+    if num_pairs < 1 or standard_deviation <= 0:
         return None
     z = float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power))
     return z * standard_deviation / math.sqrt(num_pairs)

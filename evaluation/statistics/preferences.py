@@ -16,6 +16,7 @@ from evaluation.statistics.means import (
     analytic_mean,
     as_values,
     mean_or_none,
+    no_spread,
     proportion,
     standard_error,
 )
@@ -63,7 +64,8 @@ def length_controlled_win_rate(
     Logistic regression of the preference on tanh(length difference / its standard deviation), read off at a
     difference of 0 (Dubois et al. 2024, arXiv 2404.04475). Their term for the difficulty of AlpacaEval's own 805
     instructions and their pull towards a gamed baseline are left out: they exist for that test set only. A ridge of
-    1e-3 keeps the fit finite where all preferences agree.
+    1e-3 keeps the fit finite where a resample's preferences all agree. Where all of them agree no length explains
+    anything: the rate is the plain one, with the interval of `no_spread`.
 
     Args:
         preferences: float64 of shape [n] in 0..1.
@@ -83,6 +85,9 @@ def length_controlled_win_rate(
         raise EvaluationError(f"{wins.size} preferences have {lengths.size} length differences; give each its own")
     if wins.size < 2:
         return Estimate(None, None, None)
+    if (wins == wins[0]).all():
+        rate = 100 * float(wins[0])
+        return no_spread(rate, wins.size, confidence=confidence, lowest=0.0, highest=100.0)
     deviation = lengths.std(ddof=1)
     feature = np.tanh(lengths / deviation) if deviation > 0 else np.zeros_like(lengths)
     generator = np.random.default_rng(seed)
@@ -94,8 +99,8 @@ def length_controlled_win_rate(
         draws.append(_logistic_intercepts(feature[chosen], wins[chosen]))
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])
-    rate, low_rate, high_rate = (float(100 / (1 + math.exp(-value))) for value in (point, low, high))
-    return Estimate(rate, low_rate, high_rate)
+    point_rate, low_rate, high_rate = (float(100 / (1 + math.exp(-value))) for value in (point, low, high))
+    return Estimate(point_rate, low_rate, high_rate)
 
 
 def _logistic_intercepts(feature: Floats, wins: Floats, ridge: float = 1e-3) -> Floats:
@@ -164,5 +169,5 @@ def position_bias(original: ArrayLike, swapped: ArrayLike, *, confidence: float)
     return PositionBias(
         num_pairs=int(first.size),
         flip_rate=proportion(flips, int(first.size), confidence=confidence),
-        first_rate=analytic_mean(for_first, confidence=confidence),
+        first_rate=analytic_mean(for_first, confidence=confidence, highest=1.0),
     )

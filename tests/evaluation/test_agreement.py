@@ -129,6 +129,15 @@ def test_a_judge_that_never_varies_has_no_correlation(tmp_path):
     assert "Pearson's r                             not measured" in as_text(result)
 
 
+def test_full_agreement_has_no_interval_of_no_width(tmp_path):
+    scores = write(tmp_path / "s.jsonl", [verdict(f"r{i}", 20 * i) for i in range(5)])
+    human = write(tmp_path / "h.jsonl", [{"id": f"r{i}", "score": 20 * i} for i in range(5)])
+    result = agree(scores, human, CONFIG)
+    pearson = result["measures"]["pearson"]
+    assert (pearson["mean"], pearson["low"], pearson["high"]) == (pytest.approx(1), None, None)
+    assert "1.000 (no spread seen" in as_text(result)
+
+
 def test_the_text_says_what_was_found(lenient_judge):
     scores, human, _, _ = lenient_judge
     text = as_text(agree(scores, human, CONFIG))

@@ -65,6 +65,17 @@ def test_win_rate_is_alpaca_evals(tmp_path):
     assert ours["num_scored"] == theirs["n_total"]
 
 
+@pytest.mark.parametrize(("preference", "ends"), [(2, (75.75, 100.0)), (1, (0.0, 24.25)), (1.5, (37.88, 62.12))])
+def test_equal_preferences_have_an_honest_interval(tmp_path, preference, ends):
+    result = score_file(annotations(tmp_path / "a.json", [preference] * 12), CONFIG)
+    controlled = result["length_controlled_win_rate"]
+    for found in (result, controlled):
+        assert (found["low"], found["high"]) == pytest.approx(ends, abs=0.01)
+    text = score_text(result)
+    assert f"[{ends[0]:.2f}, {ends[1]:.2f}], no spread seen: interval by Wilson's bound" in text
+    assert "standard error" not in text
+
+
 def test_json_lines_and_a_byte_order_mark_are_read_too(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"preference": 2}\n{"preference": 1}\n', encoding="utf-8")
@@ -164,6 +175,112 @@ def test_our_own_rows_are_joined_by_id(tmp_path):
     written = [json.loads(line) for line in (run / "responses/third.jsonl").open(encoding="utf-8")]
     assert {row["id"]: row["response"] for row in written} == {f"row-0000{i}": f"r{i}" for i in range(5)}
     assert all(row["reference"] == f"the word is {int(row['id'][-1]) * 7}" for row in written)
+
+
+QUESTIONS = [
+    {"id": "a", "messages": [{"role": "system", "content": "Be brief."},
+                             {"role": "user", "content": "Double it.\n\n4"}],
+     "prompt": "<|user|>Double it.\n\n4<|assistant|>", "question": "Double it.\n\n4", "input_separator": "\n\n"},
+    {"id": "b", "messages": [{"role": "user", "content": "Name a fruit."}], "prompt": "Name a fruit.->"},
+    {"id": "c", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+                             {"role": "user", "content": "And now?"}], "prompt": "x"},
+]  # fmt: skip
+
+
+def question_set(folder, rows=QUESTIONS, **more):
+    rows = [{"prompt_token_ids": [], "reference": "8"} | row | more for row in rows]
+    (folder / "data").mkdir(parents=True)
+    (folder / "data/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def imported(folder, rows):
+    import_responses(write(folder / "answers.json", rows), folder, "other")
+    return {row["id"]: row for row in map(json.loads, (folder / "responses/other.jsonl").open(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("column", [{}, {"system": "Be  brief.\n"}, {"system_prompt": "Be brief."}])
+@pytest.mark.parametrize("last", ["And now?", "Hi\n\nAnd now?"])
+def test_questions_join_whatever_the_template_and_system(tmp_path, column, last):
+    rows = [
+        {"instruction": last, "output": "well"},
+        {"instruction": "Double it.", "input": "4", "output": "8"} | column,
+        {"instruction": "Name a fruit. ", "output": "pear"},
+    ]
+    found = imported(question_set(tmp_path), rows)
+    assert {name: row["response"] for name, row in found.items()} == {"a": "8", "b": "pear", "c": "well"}
+    assert found["a"]["prompt"] == QUESTIONS[0]["prompt"]
+
+
+def test_ids_join_before_questions(tmp_path):
+    rows = [{"id": name, "instruction": "anything", "output": name} for name in "cab"]
+    found = imported(question_set(tmp_path), rows)
+    assert {name: row["response"] for name, row in found.items()} == {"a": "a", "b": "b", "c": "c"}
+
+
+def asked(name, system=None):
+    said = [{"role": "system", "content": system}] if system else []
+    return {"id": name, "messages": [*said, {"role": "user", "content": "What?"}], "prompt": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "systems", "found"),
+    [
+        ([asked("a"), asked("b")], [None, None], "ab"),  # the same prompt twice: either answer is its answer
+        ([asked("a", "Be brief."), asked("b")], [None, "Be brief."], "ba"),
+        ([asked("a", "Be brief."), asked("b", "Be long.")], ["Be long.", "Be brief."], "ba"),
+        ([asked("a", "Be brief.")], [None], "a"),
+        ([asked("a", "Be brief."), asked("b")], [None, None], "2 different rows of data/test.jsonl ask 'What.'"),
+        ([asked("a", "Be brief.")], ["Be long."], "'Be long.', and data/test.jsonl asks it with another"),
+        ([asked("a")], [None, None], "answered more often than data/test.jsonl asks it"),
+    ],
+)
+def test_equal_questions_are_told_apart_by_system(tmp_path, rows, systems, found):
+    answers = [
+        {"instruction": "What?", "output": str(number)} | ({"system": system} if system else {})
+        for number, system in enumerate(systems)
+    ]
+    run = question_set(tmp_path, rows)
+    if found.isalpha():
+        assert [row["id"] for row in sorted(imported(run, answers).values(), key=lambda r: r["response"])] == [*found]
+    else:
+        with pytest.raises(EvaluationError, match=found):
+            imported(run, answers)
+
+
+THINK = {"open": "<think>\n", "close": "\n</think>\n\n", "opened": True}
+
+
+@pytest.mark.parametrize(
+    ("said", "thought", "response"),
+    [
+        ({"response": "8"}, None, "8"),
+        ({"response": "<think>\ntwice\n</think>\n\n8"}, "twice", "8"),
+        ({"response": "8", "thought": "twice"}, "twice", "8"),
+        ({"response": "8", "reasoning_content": " twice\n"}, "twice", "8"),
+        ({"response": "8", "reasoning_content": ""}, None, "8"),
+        ({"response": "<think>twice"}, "twice", None),
+    ],
+)
+@pytest.mark.parametrize("thinking", [None, THINK])
+def test_thoughts_in_files_are_kept_apart(tmp_path, said, thought, response, thinking):
+    run = question_set(tmp_path, QUESTIONS[:1], **({"thinking": thinking} if thinking else {}))
+    row = imported(run, [{"id": "a"} | said])["a"]
+    assert (row.get("thought"), row["response"]) == (thought, response)
+    assert row["state"] == ("generated" if response else "generation_failed")
+    assert ("thought" in row) == (thought is not None)
+    if response is None:
+        assert row["cause"] == "the thought in the imported file was not closed"
+
+
+def test_results_of_a_batch_are_joined_by_custom_id(tmp_path):
+    message = {"role": "assistant", "content": "8", "reasoning_content": "twice"}
+    good = {"status_code": 200, "body": {"choices": [{"message": message, "finish_reason": "stop"}]}}
+    bad = {"status_code": 500, "body": {"error": {"code": "overloaded"}}}
+    rows = [{"custom_id": name, "response": said} for name, said in zip("cba", (None, bad, good), strict=True)]
+    found = imported(question_set(tmp_path), rows)
+    assert (found["a"]["response"], found["a"]["thought"], found["a"]["finish_reason"]) == ("8", "twice", "stop")
+    assert "code overloaded" in found["b"]["cause"] and found["c"]["state"] == "generation_failed"
 
 
 @pytest.mark.parametrize(

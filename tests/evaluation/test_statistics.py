@@ -55,14 +55,58 @@ def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
 def test_bootstrap_of_few_or_equal_values():
     assert bootstrap_mean([], confidence=0.95, num_resamples=100) == Estimate(None, None, None)
     assert bootstrap_mean([3], confidence=0.95, num_resamples=100) == Estimate(3.0, None, None)
-    assert bootstrap_mean([0.1] * 7, confidence=0.95, num_resamples=100) == Estimate(0.1, 0.1, 0.1)
+    assert bootstrap_mean([0.1 + 0.2, 0.3, 0.3], confidence=0.95, num_resamples=100).method is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        # Wilson's interval of 12 of 12, and of 0 of 12: 1.95996^2 / (12 + 1.95996^2) is 0.2425.
+        ([100.0] * 12, 75.75, 100.0),
+        ([0.0] * 12, 0.0, 24.25),
+        # Those who were not seen may be anywhere: 40 - 0.2425 * 40 and 40 + 0.2425 * 60.
+        ([40.0] * 12, 30.30, 54.55),
+        ([100.0] * 2, 34.24, 100.0),
+    ],
+)
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda values: bootstrap_mean(values, confidence=0.95, num_resamples=100),
+        lambda v: analytic_mean(v, confidence=0.95),
+    ],
+)
+def test_equal_values_have_an_interval_with_a_width(values, low, high, estimate):
+    found = estimate(values)
+    assert found.mean == values[0]
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+    assert found.method in found.to_json().values() and "no spread seen" in found.method
+
+
+def test_an_interval_of_seen_spread_has_no_method():
+    found = bootstrap_mean([0.0, 100.0, 100.0], confidence=0.95, num_resamples=100)
+    assert found.to_json().keys() == {"mean", "low", "high"}
+
+
+def test_the_interval_of_equal_values_covers_what_it_says():
+    # Of all prompts a share is lost; only draws without a loss are looked at, the ones whose bootstrap has no width.
+    rng = np.random.default_rng(3)
+    missed = 0
+    for _ in range(4000):
+        share = rng.uniform(0, 0.5)
+        wins = rng.random(10) >= share
+        if wins.all():
+            missed += bootstrap_mean(100.0 * wins, confidence=0.95, num_resamples=100).low > 100 * (1 - share)
+    assert 0 < missed / 4000 < 0.05
 
 
 @given(SCORES, st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_bootstrap_is_ordered_within_the_data_and_repeatable(values, seed):
     first = bootstrap_mean(values, confidence=0.95, num_resamples=200, seed=seed)
-    assert min(values) <= first.low <= first.high <= max(values)
+    assert first.low < first.high
+    if first.method is None:
+        assert min(values) <= first.low and first.high <= max(values)
     assert first == bootstrap_mean(values, confidence=0.95, num_resamples=200, seed=seed)
 
 
@@ -122,12 +166,17 @@ def test_a_handful_of_equal_gains_is_not_distinguishable():
     assert five.p_sign_flip == 2 / 32
     assert not five.is_distinguishable(0.95)
     six = paired_difference([0] * 6, [10] * 6, confidence=0.95, num_resamples=1000)
-    assert six.is_distinguishable(0.95)
+    # The sign-flip test alone would say so; an unseen share of 39% may lie anywhere in -100..100.
+    assert six.p_sign_flip == 2 / 64
+    assert not six.is_distinguishable(0.95)
+    many = paired_difference([0] * 60, [10] * 60, confidence=0.95, num_resamples=1000)
+    assert many.is_distinguishable(0.95) and many.estimate.low < 10 < many.estimate.high
 
 
 def test_equal_lists_are_not_distinguishable():
     same = paired_difference([5, 6, 7], [5, 6, 7], confidence=0.95, num_resamples=100)
-    assert (same.p_sign_flip, same.ties, same.estimate) == (1.0, 3, Estimate(0.0, 0.0, 0.0))
+    assert (same.p_sign_flip, same.ties, same.estimate.mean) == (1.0, 3, 0.0)
+    assert same.estimate.low == -same.estimate.high < 0
     assert not same.is_distinguishable(0.95)
 
 
@@ -135,6 +184,7 @@ def test_minimal_detectable_difference_by_hand():
     # (1.959964 + 0.841621) * 15 / sqrt(200)
     assert minimal_detectable_difference(15, 200, confidence=0.95) == pytest.approx(2.9715, abs=1e-3)
     assert minimal_detectable_difference(15, 0, confidence=0.95) is None
+    assert minimal_detectable_difference(0, 12, confidence=0.95) is None  # not 0.0 points
 
 
 def test_bounds_put_the_missing_at_both_ends():

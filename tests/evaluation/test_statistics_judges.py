@@ -122,7 +122,7 @@ def test_length_control_takes_back_what_length_alone_won():
 def test_length_control_where_all_agree(preference, expected):
     estimate = length_controlled_win_rate([preference] * 30, range(30), confidence=0.95, num_resamples=50)
     assert estimate.mean == pytest.approx(expected, abs=0.2)
-    assert math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    assert estimate.high - estimate.low > 10 and estimate.method is not None
     same_length = length_controlled_win_rate([preference] * 30, [7] * 30, confidence=0.95, num_resamples=50)
     assert same_length.mean == pytest.approx(expected, abs=0.2)
 
@@ -154,6 +154,7 @@ def test_position_bias_by_hand():
     assert bias.first_rate.mean == pytest.approx(2.25 / 5)
     always_first = position_bias([1, 1, 1], [0, 0, 0], confidence=0.95)
     assert (always_first.flip_rate.mean, always_first.first_rate.mean) == (1.0, 1.0)
+    assert always_first.first_rate.low == always_first.flip_rate.low < 1
     with pytest.raises(EvaluationError, match="both orders"):
         position_bias([1, 1], [0], confidence=0.95)
 
@@ -264,6 +265,15 @@ def test_corrected_mean_by_hand():
     half = stats.norm.ppf(0.975) * math.sqrt(104)
     assert (estimate.low, estimate.high) == (pytest.approx(60 - half), pytest.approx(60 + half))
     assert corrected_mean([60, 80], [(50, 42)], confidence=0.95) == Estimate(None, None, None)
+
+
+@pytest.mark.parametrize("pairs", [[(50, 42), (90, 78)], [(50, 50), (90, 90)]])
+def test_corrected_mean_of_equal_scores_has_a_width(pairs):
+    estimate = corrected_mean([70, 70, 70], pairs, confidence=0.95)
+    assert estimate.method is not None
+    spread_alone = stats.norm.ppf(0.975) * standard_error([people - judge for judge, people in pairs])
+    # The bound on unseen scores, z^2 / (3 + z^2) of the way to 0, is wider than the errors' part.
+    assert estimate.mean - estimate.low > max(spread_alone, 39)
 
 
 def test_classification_by_hand():

@@ -161,6 +161,48 @@ def test_an_answer_that_is_no_verdict_is_a_failed_row_with_its_cause(answer, cau
     assert cause in verdict.cause
 
 
+def reply(message, **choice):
+    return web.json_response({"choices": [{"index": 0, "message": message, **choice}], "usage": {}})
+
+
+VERDICT = '{"score": 90}'
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": VERDICT}]
+
+
+@pytest.mark.parametrize(
+    ("message", "choice", "thought"),
+    [
+        ({"content": [{"type": "text", "text": VERDICT}]}, {"finish_reason": "stop"}, None),
+        ({"content": PARTS}, {"finish_reason": "stop"}, "hm"),
+        ({"content": VERDICT, "reasoning_content": '{"score": 1}'}, {"finish_reason": "stop"}, '{"score": 1}'),
+        ({"content": f"<think>Or 40?</think>\n{VERDICT}"}, {"finish_reason": "stop"}, None),
+        ({"content": VERDICT}, {"finish_reason": "eos_token"}, None),
+        ({"content": VERDICT}, {"finish_reason": None}, None),
+        ({"content": VERDICT}, {}, None),
+    ],
+)
+def test_verdicts_in_the_forms_of_other_servers(message, choice, thought):
+    with Endpoint(lambda body, number: reply(message, **choice)) as endpoint:
+        (verdict,) = run(endpoint)
+    assert (verdict.state, verdict.score, verdict.details.get("thought")) == ("scored", 90.0, thought)
+
+
+@pytest.mark.parametrize(
+    ("message", "finish_reason", "cause"),
+    [
+        ({"content": None, "reasoning_content": VERDICT}, "length", "not closed within judge.max_tokens=512: raise it"),
+        ({"content": None, "reasoning_content": VERDICT}, "stop", "a thought and no answer"),
+        ({"content": f"<think>{VERDICT}"}, "length", "did not end (finish reason: length): raise judge.max_tokens"),
+        ({"content": VERDICT}, "abort", "finish reason: abort"),
+    ],
+)
+def test_a_thought_alone_or_an_odd_end_is_no_verdict(message, finish_reason, cause):
+    with Endpoint(lambda body, number: reply(message, finish_reason=finish_reason)) as endpoint:
+        (verdict,) = run(endpoint, structured_output=False)
+    assert (verdict.state, verdict.score) == ("judge_failed", None)
+    assert cause in verdict.cause and "score" in verdict.raw
+
+
 def test_failed_verdicts_are_asked_again_and_their_attempts_kept():
     with Endpoint(lambda body, number: completion("eighty") if number <= 2 else fair(body, number)) as endpoint:
         (verdict,) = run(endpoint, attempts=3)

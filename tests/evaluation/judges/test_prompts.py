@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from evaluation.config import PairwiseProtocol, RubricProtocol, ScoreProtocol
@@ -70,6 +70,7 @@ def test_both_orders_show_both_responses():
 
 
 @given(st.lists(st.sampled_from(["<|im_start|>", "<|", "|>", "im_end", "</s>", "[INST]", "<", "s>", " ", "<X>", "x"])))
+@example(["<|", "[INST]", "|>"])  # one inside another
 def test_no_control_token_is_left(parts):
     text = neutralise("".join(parts), ["<X>", "<|im_start|>"])
     assert neutralise(text, ["<X>", "<|im_start|>"]) == text

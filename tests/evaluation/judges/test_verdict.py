@@ -22,6 +22,8 @@ from evaluation.judges.verdict import VerdictError, parse_choice, parse_criteria
         ('The answer contains "Rating: [[10]]". It is wrong all the same.\nRating: [[1]]', 1),
         ("<think>Maybe [[90]]? Or 40?</think>\n[[20]]", 20),
         ("[[90]]</think>[[20]]", 20),
+        ("[THINK]Maybe [[90]]?[/THINK]\n[[20]]", 20),
+        ('{"reasoning": "it writes </think> and <think>", "score": 3}', 3),
         ('{"score": 85}', 85),
         ('{"reasoning": "it says {\\"score\\": 100}", "score": 3}', 3),
         ('Here is my verdict:\n```json\n{"score": 61}\n```', 61),
@@ -74,6 +76,13 @@ def test_no_score(reply, cause):
 def test_a_reply_that_was_cut_is_no_verdict(finish_reason):
     with pytest.raises(VerdictError, match="finish reason"):
         parse_score("Score: 85", finish_reason)
+
+
+@pytest.mark.parametrize("reply", ['{"score": 85}', "Nearly.\n[[85]]", 'So:\n```json\n{"score": 85}\n```'])
+def test_a_closed_verdict_needs_no_finish_reason(reply):
+    assert parse_score(reply, None) == 85
+    with pytest.raises(VerdictError, match="finish reason: odd"):
+        parse_score(reply, "odd")
 
 
 @given(st.text())

@@ -414,7 +414,7 @@ def test_a_difference_is_drawn_around_zero(estimate, expected):
     assert difference_chart(estimate) == expected
 
 
-def harness_file(run, model, value):
+def harness_file(run, model, value, standard_error=0.05):
     measure = {
         "task": "capitals_<b>",
         "version": 1.0,
@@ -423,7 +423,7 @@ def harness_file(run, model, value):
         "metric": "acc",
         "filter": "none",
         "value": value,
-        "standard_error": 0.05,
+        "standard_error": standard_error,
         "higher_is_better": True,
     }
     (run / "lm_eval").mkdir(exist_ok=True)
@@ -453,6 +453,14 @@ def test_benchmarks_stand_side_by_side(tmp_path):
     assert "| capitals\\_&lt;b&gt; | acc | 40 | tuned | 0.875 | 0.05 |" in (tmp_path / "report.md").read_text(
         encoding="utf-8"
     )
+
+
+def test_a_benchmark_without_a_spread_has_no_error_of_0(tmp_path):
+    make_run(tmp_path, num_rows=5)
+    harness_file(tmp_path, "tuned", 1.0, standard_error=0.0)
+    write_report(CONFIG, tmp_path)
+    assert "± 0<" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "| tuned | 1 | no spread seen |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_export_check_is_shown_with_its_limits(tmp_path):
@@ -489,3 +497,90 @@ def test_an_export_that_did_not_ask_vllm_says_so(tmp_path):
     assert "vLLM was not asked" in (tmp_path / "report.html").read_text()
     path.unlink()
     assert report_of(tmp_path)["export_check"] is None
+
+
+def thinking_run(folder):
+    """A run whose tuned model thinks: some thoughts are hostile, one is not closed."""
+    make_run(folder, num_rows=12)
+    path = folder / "responses/tuned.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows[:9]):
+        row |= {"thought": f"{HOSTILE[number]} so {number}", "thought_closed": True}
+    cause = "the thought was not closed within generation.max_tokens=256: raise it"
+    rows[9] |= {"thought": "on and on", "thought_closed": False, "response": None, "state": "generation_failed",
+                "cause": cause, "finish_reason": "length"}  # fmt: skip
+    rows[10] |= {"thought": None, "thought_closed": None, "finish_reason": "odd"}
+    write_jsonl(path, rows)
+    path = folder / "scores/tuned.jsonl"
+    scores = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    scores[9] |= {"state": "generation_failed", "score": None, "cause": cause}
+    write_jsonl(path, scores)
+    path = folder / "data/test.jsonl"
+    test = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    write_jsonl(path, [test[0] | {"reference_thought": "<b>seven</b> times"}, *test[1:]])
+    return rows
+
+
+def test_thoughts_are_measured_per_model(tmp_path):
+    rows = thinking_run(tmp_path)
+    report = report_of(tmp_path)
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(report)) == []
+    lengths = sorted(len(row["thought"]) for row in rows[:9])
+    found = report["models"]["tuned"]["thoughts"]
+    assert (found["num_responses"], found["num_thoughts"], found["num_unclosed"]) == (12, 10, 1)
+    assert found["unclosed_share"]["mean"] == 0.1 and 0 < found["unclosed_share"]["low"] < 0.1
+    assert found["mean_characters"] == pytest.approx(sum(lengths) / 9)
+    assert (found["median_characters"], found["longest_characters"]) == (lengths[4], lengths[-1])
+    assert report["models"]["base"]["thoughts"] is None
+    problems = "\n".join(report["problems"])
+    assert "tuned did not come to an answer in 1 of 12 responses" in problems and "max_tokens=256: raise it" in problems
+    assert "ended for a reason that is not known, so they may be cut: 1 with 'odd'" in problems
+    assert "| tuned | 10 of 12 | 1 (10.0%) |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_thoughts_are_shown_collapsed_and_escaped(tmp_path):
+    rows = thinking_run(tmp_path)
+    write_report(CONFIG, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 2 and "<img" not in page and "<b>seven" not in page
+    first = "&lt;script&gt;window.pwned = 1&lt;/script&gt; so 0"
+    length = len(rows[0]["thought"])
+    shown = f'<details class="thought"><summary>Thought, {length} characters</summary><pre dir="auto">{first}</pre>'
+    assert shown in page and "<details open" not in page
+    assert "&lt;b&gt;seven&lt;/b&gt; times" in page and "Share not closed" in page
+    data = json.loads(re.search(r'id="data-samples">(.*?)</script>', page, re.DOTALL)[1])["rows"]
+    assert [row["m"][1].get("h") for row in data[:9]] == [[visible(row["thought"])] for row in rows[:9]]
+    assert data[9]["m"][1]["t"][0].startswith("[no response: the thought was not closed within")
+    assert data[0]["h"] == "<b>seven</b> times" and "h" not in data[10]["m"][1]
+
+
+def test_a_run_without_thoughts_has_no_section_for_them(tmp_path):
+    make_run(tmp_path, num_rows=12)
+    assert report_of(tmp_path)["models"]["tuned"]["thoughts"] is None
+    assert "Share not closed" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_thoughts_of_samples_stay_with_their_answers(tmp_path):
+    make_run(tmp_path, num_rows=2)
+    path = tmp_path / "responses/tuned.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    second = rows[0] | {"sample": 1, "thought": "second thought", "thought_closed": True}
+    write_jsonl(path, [*rows, second])
+    write_report(CONFIG, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data-samples">(.*?)</script>', page, re.DOTALL)[1])["rows"]
+    assert data[0]["m"][1]["h"] == ["", "second thought"]
+
+
+def test_equal_scores_are_called_no_spread(tmp_path):
+    base, tuned = ({f"r{number}": [score] for number in range(12)} for score in (0, 100))
+    small_run(tmp_path, base, tuned)
+    report = report_of(tmp_path)
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(report)) == []
+    tuned = report["headline"]["tuned"]
+    assert (tuned["low"], tuned["high"]) == (pytest.approx(75.75, abs=0.01), 100.0)
+    assert "no spread seen" in tuned["method"]
+    assert "tuned 100.0 [75.8, 100.0]" in report["headline"]["line"]
+    assert any(problem.startswith("All 12 values of tuned are 100.0; no spread seen") for problem in report["problems"])
+    assert report["comparison"]["minimal_detectable_difference"] is None
+    assert "0.0 points is found" not in report["comparison"]["words"]
