@@ -44,7 +44,8 @@ def read_tools(value: object, name: str = "tools") -> list[dict[str, Any]] | Non
     if not isinstance(value, list):
         raise BadRowError(f"must be a list of descriptions, it is {kind(value)}", name)
     tools = [_tool(tool, f"{name}[{number}]") for number, tool in enumerate(value)]
-    json_text(tools, name)
+    if "null" in json_text(tools, name):  # few have one, and writing them is quicker than walking them
+        tools = [tool | {"function": without_nulls(tool["function"])} for tool in tools]
     return tools
 
 
@@ -63,7 +64,7 @@ def _tool(tool: object, name: str) -> dict[str, Any]:
         function["parameters"] = function.pop("input_schema")
     if isinstance(function.get("parameters"), str):
         function["parameters"] = parsed(function["parameters"], f"{name}.parameters", repr_too=True)
-    return {key: value for key, value in outer.items() if value is not None} | {"function": without_nulls(function)}
+    return {key: value for key, value in outer.items() if value is not None} | {"function": function}
 
 
 def without_nulls(schema: Any) -> Any:  # noqa: ANN401 - JSON is anything

@@ -56,13 +56,13 @@ def test_every_kind_of_bad_row_is_skipped_or_reported(tmp_path, bad, reason):
 @pytest.mark.parametrize("on_bad_row", ["skip", "fail"])
 def test_reasons_are_not_lost_where_no_row_is_left(tmp_path, on_bad_row):
     with pytest.raises(TrainerError, match=r"no row that can be used:\n.*not valid JSON(.|\n)*rejected.jsonl"):
-        run(tmp_path, ["{", "{"], on_bad_row=on_bad_row)
+        run(tmp_path, ['{"a": }'] * 2, on_bad_row=on_bad_row)
     with pytest.raises(TrainerError, match=r"no row that can be used:\n.*output: is empty \(2 rows, also 2\)"):
         run(tmp_path, [GOOD | {"output": ""}] * 2, on_bad_row=on_bad_row)
 
 
 def test_rows_after_many_unreadable_ones_are_read(tmp_path):
-    collected, rejected = run(tmp_path, ["{"] * 150 + [GOOD])
+    collected, rejected = run(tmp_path, ['{"a": }'] * 150 + [GOOD])
     assert (rows_of(collected), rejected.counts) == ([151], {"bad row": 150})
 
 
@@ -112,3 +112,9 @@ def test_the_configuration_decides_how_messages_are_read(tmp_path):
     )
     (line,) = collected.lines([0])
     assert [message["content"] for message in parse_line(line).conversation.messages] == ["a\n\nb", "0.5"]
+
+
+def test_a_fraction_is_learned_as_it_is_spelled(tmp_path):
+    collected, _ = run(tmp_path, ['{"instruction": 1e3, "output": 0.50}'])
+    (line,) = collected.lines([0])
+    assert [message["content"] for message in parse_line(line).conversation.messages] == ["1e3", "0.50"]
