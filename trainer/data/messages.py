@@ -146,11 +146,15 @@ def read_messages(listed: object, name: str, rules: MessageRules, unknown: list[
 
 def _read(item: dict[str, Any], name: str, rules: MessageRules, unknown: list[str]) -> list[tuple[Message, bool]]:
     """What one object of the list says, and whether it is a call that belongs to the assistant's words before it."""
-    if len(item) == 2:  # nearly every message
-        word, content = (
-            (item.get("role"), item.get("content")) if "role" in item else (item.get("from"), item.get("value"))
-        )
-        if isinstance(content, str) and (role := rules.role(word, name)) != "tool_call":
+    given = {
+        key: value
+        for key, value in item.items()
+        if value is not None and key not in _ROLE_AND_CONTENT and not is_blank(value) and key not in rules.metadata
+    }
+    if not given and ("role" in item) != ("from" in item) and ("content" in item) != ("value" in item):
+        word = item["role"] if "role" in item else item["from"]  # nearly every message
+        content = item["content"] if "content" in item else item["value"]
+        if word is not None and isinstance(content, str) and (role := rules.role(word, name)) != "tool_call":
             return [({"role": role, "content": content}, False)]
     if item.get("role") is None and item.get("from") is None:
         return [(message, False) for message in _turn(item, name, rules, unknown)]
@@ -167,11 +171,6 @@ def _read(item: dict[str, Any], name: str, rules: MessageRules, unknown: list[st
         if not said.calls and is_blank(item.get("tool_calls")):
             raise BadRowError("a tool call needs a name and arguments", name)
     message: Message = {"role": "assistant" if role == "tool_call" else role, "content": content}
-    given = {
-        key: value
-        for key, value in item.items()
-        if not is_blank(value) and key not in _ROLE_AND_CONTENT and key not in rules.metadata
-    }
     if given or said.thoughts or said.calls:
         _add_fields(message, given, said, name, rules, unknown)
     read = [(result, False) for result in said.results]
