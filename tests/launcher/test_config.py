@@ -97,7 +97,7 @@ def test_a_kind_that_is_missing_or_unknown_is_told_by_its_key(tmp_path: Path) ->
         "is none of full, freeze, lora, qlora, prompt; did you mean lora?"
     )
     (problem,) = problems(tmp_path, MINIMAL, "data.split={type: file}")
-    assert problem == "--set: data.split.type = 'file': is none of ratios, files, column; did you mean files?"
+    assert problem == "--set: data.split.type = 'file': is none of auto, ratios, files, column; did you mean files?"
     (problem,) = problems(tmp_path, MINIMAL, "training.trackers=wandb")
     assert problem.startswith("--set: training.trackers = 'wandb': must be a list, such as [a, b]")
 

@@ -90,10 +90,10 @@ def test_every_local_model_and_folder_is_found_on_the_cluster(repository: Path, 
 def test_paths_of_a_sweep_mean_the_same_on_the_cluster(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     config = configure(tmp_path, repository)
-    words = ["data.path=a.json,sets/b, c.json", "model={name_or_path: base},{name_or_path: owner/name}"]
+    words = ["data.path=a.json,sets/b.json, c.json", "model={name_or_path: base},{name_or_path: owner/name}"]
     words += ["training.lr=1e-3,2e-3"]
     moved = ray_jobs.absolute_words(words, members_of(config, [], words), tmp_path)
-    assert moved[0] == f'data.path="{tmp_path}/a.json","{tmp_path}/sets/b","{tmp_path}/c.json"'
+    assert moved[0] == f'data.path="{tmp_path}/a.json","{tmp_path}/sets/b.json","{tmp_path}/c.json"'
     assert moved[2] == words[2]
     members = members_of(config, [], moved)
     assert len(members) == 12
