@@ -118,13 +118,13 @@ def _tensor_problems(stored: Shapes, base: Shapes, settings: dict[str, Any]) -> 
         if not known:
             continue
         widths = (sides["lora_B"][0], sides["lora_A"][1])
-        shape = next((shape for name, shape in known.items() if fits(module, name) or fits(name, module)), None)
-        if shape is None:
+        held = next((shape for name, shape in known.items() if fits(module, name) or fits(name, module)), None)
+        if held is None:
             return [f"is an adapter of another base{of}: it has matrices for {module}, which this base has not"]
-        if sorted(shape) != sorted(widths):
+        if sorted(held) != sorted(widths):
             return [
                 f"is an adapter of another base{of}: its {module} has {widths[1]} inputs and {widths[0]} outputs, this "
-                f"base's weight the shape {list(shape)}"
+                f"base's weight the shape {list(held)}"
             ]
     return []
 

@@ -175,10 +175,10 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """
     try:
         adapted = _adapted(model, adapter, PeftConfig.from_pretrained(adapter), is_trainable=False)
-        for layer in adapted.modules():
-            if isinstance(layer, LoraLayer):
-                with whole([layer.get_base_layer().weight], changed=True):
-                    layer.merge()  # type: ignore[operator]
+        layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            with whole([layer.get_base_layer().weight], changed=True):
+                layer.merge()
         merged: PreTrainedModel = adapted.base_model.unload()
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise TrainerError(f"model.adapter {adapter} does not fit this model: {error}") from error

@@ -378,10 +378,12 @@ def build_engine(config: TrainerConfig, found: Found) -> Any:  # noqa: ANN401 - 
     seed_generators(config.seed)  # adapters begin alike on every rank
     place = base_folder(config.model, found.run_dir)
     tokenizer = str(found.run_dir / "data" / "tokenizer")
-    del sharded_loading  # PEFT gathers rows on GPUs only while it lives; those of new tokens are whole here
+    if new_tokens or config.model.adapter:
+        sharded_loading = None  # while it lives, PEFT gathers rows on GPUs only; those of new tokens are whole here
     model = apply_tuning(
         base, config.tuning, place, tokenizer, adapter=config.model.adapter, new_tokens=tuple(new_tokens)
     )
+    del sharded_loading
     if config.deepspeed.stage == 3:
         gather_beside_rows(model)
     counted = parameter_counts(model)

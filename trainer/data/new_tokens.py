@@ -89,7 +89,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
     Returns:
         Ids of the model's vocabulary without the added ones; empty where it has none for this text.
     """
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     text = backend.normalizer.normalize_str(token) if backend.normalizer else token
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
     added = set(tokenizer.get_added_vocab().values())
