@@ -165,14 +165,23 @@ def test_a_chat_template_that_a_model_from_scratch_has_not(tmp_path):
     assert "a model from scratch has no chat template of its own" in found[0]
 
 
+def test_a_hub_id_that_is_like_a_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "rows").mkdir(parents=True)
+    config = configure(tmp_path, model={"name_or_path": "owner/name"}, sources=[{"path": "data/row"}])
+    assert (
+        "data/row is taken as a hub id; near it: data/rows: prepare downloads" in first_look(config, None)["notes"][0]
+    )
+
+
 def test_what_is_not_on_this_machine_is_not_looked_at(tmp_path, base):
     config = configure(tmp_path, model={"name_or_path": "owner/name"}, sources=[{"path": "owner/rows"}])
     assert first_look(config, None) == {
         "problems": [],
         "notes": [
-            "owner/rows is a hub id: prepare downloads its rows, they were not looked at",
-            "owner/name is a hub id that is not in this machine's cache: its chat template and tokenizer were not "
-            "looked at",
+            "owner/rows is taken as a hub id: prepare downloads its rows, they were not looked at",
+            "owner/name is taken as a hub id: it is not in this machine's cache, its chat template and tokenizer were "
+            "not looked at",
         ],
     }
     (base / "tokenizer_config.json").unlink()
