@@ -89,7 +89,7 @@ class _Look:
         if data.unknown_fields != "ignore":
             self.notes += unknown_lines(collected.fields.unknown)
         self.notes += [f"{count:,} of them: {reason}" for reason, count in collected.fields.noticed.items()]
-        if self.is_complete:
+        if self.is_complete and not self.problems:
             assign_splits(collected, data.split, seed)
         return collected
 

@@ -132,6 +132,13 @@ def test_a_field_that_nothing_reads_is_a_note(tmp_path):
     assert "rows have fields that nothing reads" in found["problems"][0]
 
 
+def test_bad_rows_are_not_counted_as_too_few(tmp_path):
+    (found,) = first_look(configure(tmp_path, rows(20, output="")), None)["problems"]
+    assert "1 of the 20 rows cannot be used" in found
+    (found,) = first_look(configure(tmp_path, rows(19, output=""), on_bad_row="skip"), None)["problems"]
+    assert "18 rows give 17 train, 0 validation, 1 test" in found
+
+
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_first_rows_that_are_all_bad(tmp_path, policy):
     made = [row | {"output": ""} for row in rows(120)] + rows(50)
