@@ -20,6 +20,7 @@ from launcher.ray_cluster import Resources, misfits, resources_of, uses_gpus
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
 from trainer.child import run_in_child
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
+from trainer.data.names import is_hub_id, missing, near
 from trainer.devices import card_problems, device_problems, gpu_problems, slow_precision
 from trainer.errors import TrainerError
 
@@ -52,9 +53,8 @@ def first_look(config: RunConfig) -> FirstLook:
     Returns:
         What they show; nothing where some of the data, or the base, is not there, which `problems` names.
     """
-    missing = [path for path in config.data.local_paths if _data_problems(path)]
     name = config.model.name_or_path
-    if missing or (name is not None and _model_problems("model.name_or_path", name)):
+    if _data_problems(config) or (name is not None and _model_problems("model.name_or_path", name)):
         return FirstLook()
     base = None if name is None else model_folder(name, config.model.revision)
     with tempfile.TemporaryDirectory(prefix="first-look-") as temporary:
@@ -126,7 +126,7 @@ def problems(config: RunConfig, stages: Sequence[Stage] = STAGES) -> list[str]:
     """
     resources, known = resources_of(config)
     on_gpu = uses_gpus(config.cluster, resources)
-    found = [problem for path in config.data.local_paths for problem in _data_problems(path)]
+    found = _data_problems(config)
     found += _judge_problems(config) + _storage_problems(config)
     if "generate" in stages:
         found += _harness_problems(config) + _further_model_problems(config)
@@ -252,14 +252,18 @@ def describe(
     return "\n".join(lines)
 
 
-def _data_problems(path: Path) -> list[str]:
-    if not path.exists():
-        hint = f"; make it with: launcher make-quickstart-data {path}" if path.name == "quickstart-data.json" else ""
-        place = "" if path.is_absolute() else f" in {Path.cwd()}"
-        return [f"data: {path}: no such file or folder{place}{hint}"]
-    if path.is_file() and path.stat().st_size == 0:
-        return [f"data: {path}: is empty"]
-    return []
+def _data_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the paths of rows; a hub id is no path."""
+    named = (Path(source.path) for source in config.data.all_sources if not is_hub_id(source.path))
+    problems = []
+    for path in dict.fromkeys([*named, *config.data.local_paths]):
+        if not path.exists():
+            made = path.name == "quickstart-data.json"
+            hint = f"; make it with: launcher make-quickstart-data {path}" if made else ""
+            problems.append(f"data: {missing(path)}{hint}")
+        elif path.is_file() and path.stat().st_size == 0:
+            problems.append(f"data: {path}: is empty")
+    return problems
 
 
 def _model_problems(key: str, name: str) -> list[str]:
@@ -267,7 +271,7 @@ def _model_problems(key: str, name: str) -> list[str]:
     folder = Path(name)
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") != 1
     if not folder.is_dir():
-        return [f"{key} = {name}: no such folder, and not a hub id (owner/name)"] if looks_local else []
+        return [f"{key} = {name}: no such folder, and not a hub id (owner/name){near(folder)}"] if looks_local else []
     if not (folder / "config.json").is_file():
         return [f"{key} = {name}: has no config.json, so it is not a Hugging Face model folder"]
     if any(folder.glob("*.safetensors")):

@@ -16,7 +16,7 @@ import numpy as np
 from trainer.config import DataConfig, FileSplit, RatioSplit, SourceConfig, TrainerConfig
 from trainer.data.collect import Collected, FirstRows, Rejected, collect
 from trainer.data.fields import unknown_lines
-from trainer.data.sources import is_hub_id
+from trainer.data.names import is_hub_id, near
 from trainer.data.splits import assign_splits
 from trainer.data.spread import LocalMap
 from trainer.data.tokenizer import load_tokenizer
@@ -70,7 +70,10 @@ class _Look:
         for source in data.all_sources:
             if source not in here:
                 self.is_complete = False
-                self.notes.append(f"{source.path} is a hub id: prepare downloads its rows, they were not looked at")
+                self.notes.append(
+                    f"{source.path} is taken as a hub id: prepare downloads its rows, they were not looked at"
+                    + near(Path(source.path))
+                )
         apart, together = (Rejected(folder / "rejected.jsonl", skip=True) for _ in range(2))
         readable = [read for source in here if (read := self._source(source, folder, apart))]
         if self.problems or not readable:
@@ -86,7 +89,7 @@ class _Look:
         if data.unknown_fields != "ignore":
             self.notes += unknown_lines(collected.fields.unknown)
         self.notes += [f"{count:,} of them: {reason}" for reason, count in collected.fields.noticed.items()]
-        if self.is_complete:
+        if self.is_complete and not self.problems:
             assign_splits(collected, data.split, seed)
         return collected
 
@@ -137,8 +140,8 @@ class _Look:
             data = data.model_copy(update={"sequence_length": _ANY_LENGTH})
         elif base is None:
             self.notes.append(
-                f"{model.name_or_path} is a hub id that is not in this machine's cache: its chat template and "
-                "tokenizer were not looked at"
+                f"{model.name_or_path} is taken as a hub id: it is not in this machine's cache, its chat template and "
+                f"tokenizer were not looked at{near(Path(str(model.name_or_path)))}"
             )
             return
         elif not _is_plain(base):

@@ -158,6 +158,18 @@ def test_plan_reports_what_the_first_rows_show(tmp_path: Path) -> None:
     assert "\nrows       all 40 rows were looked at: alpaca\n" in plan.describe(config, tmp_path / "run", look)
 
 
+def test_a_path_that_is_nowhere_is_named_with_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base-8b").mkdir(parents=True)
+    sources = [{"path": "row.json"}, {"path": "nothing/at/all"}, {"path": "owner/rows"}]
+    found = problem(make(tmp_path, data={"sources": sources}, model={"name_or_path": "./runs/base-7b"})).splitlines()
+    assert f"data: there is no file or folder row.json in {tmp_path}; near it: rows.json" in found
+    assert f"data: there is no file or folder nothing/at/all in {tmp_path}" in found
+    folder = "no such folder, and not a hub id (owner/name); near it: runs/base-8b"
+    assert f"model.name_or_path = ./runs/base-7b: {folder}" in found
+    assert not any("owner/rows" in line for line in found)
+
+
 def test_rows_that_are_not_there_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "run_in_child", lambda *_, **__: pytest.fail("a process was started"))
     config = make(tmp_path)

@@ -132,6 +132,13 @@ def test_a_field_that_nothing_reads_is_a_note(tmp_path):
     assert "rows have fields that nothing reads" in found["problems"][0]
 
 
+def test_bad_rows_are_not_counted_as_too_few(tmp_path):
+    (found,) = first_look(configure(tmp_path, rows(20, output="")), None)["problems"]
+    assert "1 of the 20 rows cannot be used" in found
+    (found,) = first_look(configure(tmp_path, rows(19, output=""), on_bad_row="skip"), None)["problems"]
+    assert "18 rows give 17 train, 0 validation, 1 test" in found
+
+
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_first_rows_that_are_all_bad(tmp_path, policy):
     made = [row | {"output": ""} for row in rows(120)] + rows(50)
@@ -165,14 +172,24 @@ def test_a_chat_template_that_a_model_from_scratch_has_not(tmp_path):
     assert "a model from scratch has no chat template of its own" in found[0]
 
 
-def test_what_is_not_on_this_machine_is_not_looked_at(tmp_path, base):
+def test_a_hub_id_that_is_like_a_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "rows").mkdir(parents=True)
+    config = configure(tmp_path, model={"name_or_path": "owner/name"}, sources=[{"path": "data/row"}])
+    note = first_look(config, None)["notes"][0]
+    assert note.startswith("data/row is taken as a hub id")
+    assert note.endswith("; near it: data/rows")
+
+
+def test_what_is_not_on_this_machine_is_not_looked_at(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = configure(tmp_path, model={"name_or_path": "owner/name"}, sources=[{"path": "owner/rows"}])
     assert first_look(config, None) == {
         "problems": [],
         "notes": [
-            "owner/rows is a hub id: prepare downloads its rows, they were not looked at",
-            "owner/name is a hub id that is not in this machine's cache: its chat template and tokenizer were not "
-            "looked at",
+            "owner/rows is taken as a hub id: prepare downloads its rows, they were not looked at",
+            "owner/name is taken as a hub id: it is not in this machine's cache, its chat template and tokenizer were "
+            "not looked at",
         ],
     }
     (base / "tokenizer_config.json").unlink()

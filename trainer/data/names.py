@@ -61,13 +61,18 @@ def is_hub_id(path: str) -> bool:
 
 def missing(path: Path) -> str:
     """Return the words for a path that does not exist: where it was looked for, and what is near it."""
+    place = "" if path.is_absolute() else f" in {Path.cwd()}"
+    return f"there is no file or folder {path}{place}{near(path)}"
+
+
+def near(path: Path) -> str:
+    """Return the files and folders whose names are like that of a path that does not exist, in words; may be empty."""
     parent = next((folder for folder in path.parents if folder.is_dir()), Path())
     wanted = path.relative_to(parent).parts[0] if path != parent else path.name
     names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     close = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], n=3, cutoff=0.5)
-    near = [str(parent / name) for name in names if name.lower() in close]
-    place = "" if path.is_absolute() else f" in {Path.cwd()}"
-    return f"there is no file or folder {path}{place}" + (f"; near it: {', '.join(near)}" if near else "")
+    like = [str(parent / name) for name in names if name.lower() in close]
+    return f"; near it: {', '.join(like)}" if like else ""
 
 
 def files_of(folder: Path) -> FolderFiles:
