@@ -10,8 +10,8 @@ from pathlib import Path
 
 from trainer.config import DataConfig, TrainerConfig
 
-_CODE = 2  # raised when the same input gives other bytes than before
-_TOKENIZER_FILES = "*.json", "*.jinja", "*.model", "*.txt"
+_CODE = 3  # raised when the same input gives other bytes than before
+_TOKENIZER_FILES = "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja"
 _LARGEST_TOKENIZER_FILE = 64 << 20  # bytes; the shards' index of a large model is smaller, its weights are larger
 
 
@@ -59,7 +59,7 @@ def tokenizer_digest(folder: Path) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.iterdir()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _add(digest, file)
     return digest.hexdigest()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.config import ModelConfig
+from trainer.config import DataConfig, ModelConfig
 from trainer.data.sources import is_hub_id
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
@@ -20,13 +20,13 @@ PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of the vocabulary, not a password
 
 
 def load_tokenizer(
-    model: ModelConfig, template: TemplateName, place: Path | None = None, *, with_torch: bool = True
+    model: ModelConfig, data: DataConfig, place: Path | None = None, *, with_torch: bool = True
 ) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with the template and its stop token set.
 
     Args:
         model: names the base.
-        template: how conversations are written.
+        data: its template, template_name and template_kwargs say how conversations are written.
         place: folder of its tokenizer; None looks for it.
         with_torch: whether to load torch, without which transformers can't read the class that the folder names: it
             then loads tokenizer.json as it is.
@@ -49,7 +49,7 @@ def load_tokenizer(
         raise TrainerError(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
         ) from error
-    set_template(tokenizer, template)
+    set_template(tokenizer, data.template, data.template_name, data.template_kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
