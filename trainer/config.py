@@ -203,6 +203,25 @@ class SourceConfig(Section):
         return self
 
 
+LeftOut = Literal["refuse", "warn"]
+
+
+class ThinkingConfig(Section):
+    """What is learned of an assistant's thoughts. What the generation prompt supplies of one is never learned."""
+
+    train: bool = Field(True, description="Whether thoughts are targets; false leaves them as context of the answer.")
+    empty: Literal["keep", "drop", "fail"] = Field(
+        "drop",
+        description="An empty thought that the template writes, such as <think></think>: learned, or taken out of the "
+        "last turn and not learned in earlier ones, or a bad row.",
+    )
+    earlier_turns: Literal["as_template", "mask", "refuse"] = Field(
+        "as_template",
+        description="A turn before the last whose thought the template drops: learned without it and reported, not "
+        "learned, or a bad row.",
+    )
+
+
 class DataConfig(Section):
     """Which rows, how they are written as text, which tokens carry loss, how they are packed."""
 
@@ -210,6 +229,21 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field((), description="Where rows come from, when it is more than one path.")
     template: Literal["alpaca", "phi3", "chatml", "chat"] = Field(
         "alpaca", description="How a conversation becomes text; chat is the tokenizer's own chat template."
+    )
+    template_name: str | None = Field(
+        None,
+        min_length=1,
+        description="Which of the tokenizer's named chat templates is the default; rows with tools take tool_use.",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the chat template, such as enable_thinking; a row's own go first. They become the "
+        "defaults of the exported template.",
+    )
+    thinking: ThinkingConfig = Field(default_factory=ThinkingConfig, description="What is learned of thoughts.")
+    left_out: LeftOut = Field(
+        "refuse",
+        description="What happens to a row of which the template leaves something out: a bad row, or reported.",
     )
     split: SplitConfig = Field(
         default_factory=AutoSplit,
@@ -275,6 +309,15 @@ class DataConfig(Section):
     def _some_rows(self) -> Self:
         if (self.path is None) == (not self.sources):
             raise ValueError("give exactly one of path and sources")
+        return self
+
+    @model_validator(mode="after")
+    def _template_has_names(self) -> Self:
+        given = next((name for name in ("template_name", "template_kwargs") if getattr(self, name)), None)
+        if given and self.template != "chat":
+            raise ValueError(f"{given} is for the tokenizer's own templates: set template: chat, not {self.template}")
+        if odd := [name for name in self.template_kwargs if not name.isidentifier()]:
+            raise ValueError(f"template_kwargs: {odd[0]!r} is not the name of an argument")
         return self
 
     @property

@@ -148,7 +148,7 @@ class _Look:
             self.notes.append(f"the tokenizer of {model.name_or_path} is read by prepare alone: it was not looked at")
             return
         rejected = Rejected(folder / "rejected.jsonl", skip=True)
-        tokenizer = None if base is None else load_tokenizer(model, data.template, base, with_torch=False)
+        tokenizer = None if base is None else load_tokenizer(model, data, base, with_torch=False)
         if collected is None:
             return
         rows, tally = np.arange(collected.num_rows), Tally()

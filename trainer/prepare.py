@@ -27,10 +27,11 @@ from trainer.data.encode import Settings, encode_chunk, encode_test_chunk
 from trainer.data.fingerprint import fingerprint, tokenizer_digest
 from trainer.data.names import is_hub_id, missing
 from trainer.data.new_tokens import write_new_tokens
+from trainer.data.renderer import Renderer
 from trainer.data.shards import IGNORE, PackedSplit, SplitWriter
 from trainer.data.splits import Rows, assign_splits, repeat_by_weight
 from trainer.data.spread import ChunkMap, LocalMap, chunked
-from trainer.data.templates import Renderer
+from trainer.data.templates import input_separator
 from trainer.data.tokenizer import (
     load_tokenizer,
     scratch_special_tokens,
@@ -151,7 +152,7 @@ def _prepare(config: TrainerConfig, folder: Path, run_dir: Path, map_chunks: Chu
     place = check_base(config)
     rejected = Rejected(folder / "rejected.jsonl", skip=data.on_bad_row == "skip")
     collected = collect(data, config.seed, folder / "rows.jsonl", rejected)
-    base_tokenizer = load_tokenizer(config.model, data.template, place) if place else None
+    base_tokenizer = load_tokenizer(config.model, data, place) if place else None
     with LocalMap(_num_processes(data, collected.num_rows)) as on_this_machine:
         preparation = Preparation(config, folder, collected, rejected, map_chunks or on_this_machine)
         splits, leaks = preparation.split()
@@ -229,7 +230,9 @@ class Preparation:
         """A tokenizer of the train rows; rows that the template refuses are told when they are tokenized."""
         data, scratch = self.config.data, self.config.model.from_scratch
         assert scratch is not None  # noqa: S101 - the caller asked
-        renderer = Renderer(scratch_tokenizer(data.template), data.train_on, data.special_tokens)
+        renderer = Renderer(
+            scratch_tokenizer(data.template), data.train_on, data.special_tokens, data.thinking, data.left_out
+        )
 
         def texts() -> Iterator[str]:
             for line in self.collected.lines(np.unique(train)):
@@ -250,6 +253,9 @@ class Preparation:
             overlong=data.overlong,
             audit=data.audit,
             special_tokens=data.special_tokens,
+            thinking=data.thinking,
+            left_out=data.left_out,
+            input_separator=input_separator(data.template),
         )
 
     def write(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -290,6 +296,9 @@ class Preparation:
         return {
             "format": ", ".join(dict.fromkeys(formats)),
             "template": data.template,
+            "template_name": data.template_name,
+            "template_kwargs": data.template_kwargs,
+            "thinking": data.thinking.model_dump(),
             "train_on": data.train_on,
             "special_tokens": data.special_tokens,
             "sequence_length": data.sequence_length,

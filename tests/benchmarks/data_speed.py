@@ -114,7 +114,7 @@ def real_lengths(rows: list[dict[str, str]], folder: Path) -> np.ndarray:
     from transformers import PreTrainedTokenizerFast
 
     from trainer.data.conversation import Conversation
-    from trainer.data.templates import Renderer
+    from trainer.data.renderer import Renderer
     from trainer.data.tokens import Encoder
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -13,11 +13,11 @@ from tests.launcher.test_base_model import make
 from tests.trainer.families import build
 from tests.trainer.test_export import trained, write_checkpoint
 from tests.trainer.test_rehearsal import base, config_for, notes_on, refusal  # noqa: F401 - a fixture
-from trainer.config import ModelConfig
+from trainer.config import DataConfig, ModelConfig
 from trainer.data.conversation import BadRowError, Conversation
 from trainer.data.fingerprint import fingerprint
 from trainer.data.new_tokens import read_new_tokens
-from trainer.data.templates import Renderer
+from trainer.data.renderer import Renderer
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import TrainerError
 from trainer.export.stage import export
@@ -36,7 +36,9 @@ def said(words):
 
 
 def with_tokens(folder, *tokens, template="alpaca"):
-    return load_tokenizer(ModelConfig(name_or_path=str(folder), new_tokens=tokens), template)
+    return load_tokenizer(
+        ModelConfig(name_or_path=str(folder), new_tokens=tokens), DataConfig(path="rows.json", template=template)
+    )
 
 
 def test_a_new_token_is_one_token_of_a_row_s_text(base):  # noqa: F811

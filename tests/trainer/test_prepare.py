@@ -14,12 +14,14 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.data.chat_templates import TEMPLATES, make_tokenizer
+from tests.trainer.data.thinking_templates import STRING_ARGUMENTS, thinking_tokenizer
 from trainer.config import TrainerConfig
 from trainer.data.collect import Line
 from trainer.data.conversation import Conversation
 from trainer.data.encode import Settings, audit, encode_chunk
+from trainer.data.renderer import Segment
 from trainer.data.shards import PackedSplit
-from trainer.data.templates import Segment, set_template
+from trainer.data.templates import set_template
 from trainer.data.tokens import Encoder
 from trainer.errors import TrainerError
 from trainer.prepare import prepare, show
@@ -367,6 +369,103 @@ def test_multi_turn_tool_data_asks_for_the_last_turn(tmp_path):
     assert "sum" in tokenizer.decode(input_ids)
 
 
+def thinking_base(folder, name, template=None):
+    tokenizer = thinking_tokenizer(name)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    return {"name_or_path": str(folder)}
+
+
+THIRDS = {"template": "chat", "split": {"train": 0.4, "validation": 0.3, "test": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "opened"), [("qwen3", {}, False), ("qwen3.5", {}, True), ("r1_distill", {}, True)]
+)
+def test_test_rows_say_where_a_thought_is(tmp_path, name, arguments, opened):
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be short"},
+                {"role": "user", "content": f"Ask {i}"},
+                {"role": "assistant", "content": f"Say {i}", "reasoning_content": f"Muse {i}"},
+            ]
+        }
+        for i in range(10)
+    ]
+    model = thinking_base(tmp_path / "base", name)
+    config = configure(write(tmp_path / "rows.json", rows), model, template_kwargs=arguments, **THIRDS)
+    assert prepare(config, tmp_path / "run")["test_prompts_a_chat_api_tokenizes_otherwise"] == 0
+    row = read_test(tmp_path / "run")[0]
+    number = row["question"].removeprefix("Ask ")
+    assert (row["reference"], row["reference_thought"]) == (f"Say {number}", f"Muse {number}")
+    assert row["thinking"] == {"open": "<think>\n", "close": "\n</think>\n\n", "opened": opened, "plain": ""}
+    assert row["prompt"].endswith("<think>\n") == opened
+    assert row["input_separator"] == "\n\n"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "data" / "tokenizer")
+    asked = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)["input_ids"]
+    assert asked == row["prompt_token_ids"]
+
+
+def test_a_prompt_without_thinking_is_the_same_in_training_and_for_a_chat_api(tmp_path):
+    rows = [{"prompt": f"Ask {i}", "completion": f"Say {i}", "system": "Be short"} for i in range(10)]
+    path = write(tmp_path / "rows.json", rows)
+    model = thinking_base(tmp_path / "base", "qwen3.5")
+    with pytest.raises(TrainerError, match=r"opens a thought.*\{enable_thinking: false\}"):
+        prepare(configure(path, model, **THIRDS), tmp_path / "refused")
+    assert prepare(configure(path, model, thinking={"empty": "keep"}, **THIRDS), tmp_path / "kept")["dropped"] == {}
+    config = configure(path, model, template_kwargs={"enable_thinking": False}, **THIRDS)
+    summary = prepare(config, tmp_path / "run")
+    assert summary["template_kwargs"] == {"enable_thinking": False}
+    row = read_test(tmp_path / "run")[0]
+    assert row["prompt"].endswith("<think>\n\n</think>\n\n")
+    assert not {"thinking", "reference_thought"} & set(row), "no thought is expected"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "data" / "tokenizer")
+    asked = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)["input_ids"]
+    assert asked == row["prompt_token_ids"], "the exported template has the argument as its default"
+    input_ids, _ = PackedSplit.open(tmp_path / "run" / "data" / "train").row_tokens(0)
+    assert tokenizer.decode(input_ids).endswith("<think>\n\n</think>\n\n" + tokenizer.decode(input_ids[-6:]))
+
+
+def test_a_row_whose_template_leaves_something_out_is_skipped_or_told(tmp_path):
+    rows = [row | {"system": "Be short"} if number == 3 else row for number, row in enumerate(make_rows(20))]
+    path = write(tmp_path / "rows.json", rows)
+    model = thinking_base(tmp_path / "base", "phi4_reasoning")
+    with pytest.raises(TrainerError, match=r"row 4: messages\[0\]: the chat template leaves out what the system says"):
+        prepare(configure(path, model, **THIRDS), tmp_path / "run")
+    skipped = prepare(configure(path, model, on_bad_row="skip", **THIRDS), tmp_path / "run")
+    assert skipped["dropped"] == {"bad row": 1}
+    told = prepare(configure(path, model, left_out="warn", **THIRDS), tmp_path / "run")
+    assert told["noticed"] == {"the chat template leaves out what the system says": 1}
+
+
+def test_named_templates_are_kept_and_change_the_fingerprint(tmp_path):
+    named = {"default": STRING_ARGUMENTS, "tool_use": "<|im_sep|>" + STRING_ARGUMENTS}
+    model = thinking_base(tmp_path / "base", "string_arguments", named)
+    path = write(tmp_path / "rows.json", make_rows(20))
+    first = prepare(configure(path, model, **THIRDS), tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "data" / "tokenizer")
+    assert tokenizer.chat_template == named
+    prepare(configure(path, model, template_name="tool_use", **THIRDS), tmp_path / "run")
+    assert read_test(tmp_path / "run")[0]["prompt"].startswith("<|im_sep|><|im_start|>")
+    (tmp_path / "base" / "additional_chat_templates" / "tool_use.jinja").write_text(STRING_ARGUMENTS)
+    assert prepare(configure(path, model, **THIRDS), tmp_path / "run")["fingerprint"] != first["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"template_name": "tool_use", "template": "chatml"}, "template_name is for the tokenizer's own templates"),
+        ({"template_kwargs": {"a": 1}}, "template_kwargs is for the tokenizer's own templates: set template: chat"),
+        ({"template_kwargs": {"a b": 1}, "template": "chat"}, "'a b' is not the name of an argument"),
+        ({"thinking": {"empty": "no"}}, "thinking.empty"),
+    ],
+)
+def test_settings_of_templates_that_cannot_be(data, words):
+    with pytest.raises(ValueError, match=words):
+        configure("rows.json", **data)
+
+
 def test_a_second_prepare_is_the_first_unless_something_changed(tmp_path, base):
     path = write(tmp_path / "rows.json", make_rows(40))
     options = {"cache": tmp_path / "cache"}
@@ -514,7 +613,7 @@ class TestAudit:
     def test_a_turn_that_does_not_end_with_one_stop_token(self, tmp_path, turn):
         tokenizer = make_tokenizer("zephyr")
         tokenizer.save_pretrained(tmp_path)
-        segments = [Segment("Hi", False), Segment(turn, True)]
+        segments = [Segment("Hi", False), Segment(turn, True, in_turn=True)]
         line = Line(Conversation("x", []), "a.json", 7)
         settings = Settings(str(tmp_path), "", "assistant", 512, "drop", True)
         with pytest.raises(TrainerError, match="row 7: an assistant turn does not end with the one token '</s>'"):

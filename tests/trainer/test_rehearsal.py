@@ -45,7 +45,7 @@ def config_for(base, tuning=None, template="alpaca", **sections):
 
 def notes_on(base, tuning=None, template="alpaca", **sections):
     config = config_for(base, tuning, template, **sections)
-    return rehearse(config, base.parent, load_tokenizer(config.model, config.data.template))
+    return rehearse(config, base.parent, load_tokenizer(config.model, config.data))
 
 
 def refusal(base, *arguments, **options):

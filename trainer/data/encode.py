@@ -17,10 +17,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from trainer.config import LeftOut, ThinkingConfig
 from trainer.data.collect import Line, parse_line
-from trainer.data.conversation import BadRowError
+from trainer.data.conversation import BadRowError, Conversation
+from trainer.data.renderer import Renderer, Segment, Written
 from trainer.data.shards import IGNORE
-from trainer.data.templates import Renderer, Segment, SpecialTokens, TrainOn
+from trainer.data.templates import SpecialTokens, TrainOn
 from trainer.data.tokens import EncodedRow, Encoder
 from trainer.errors import TrainerError
 
@@ -38,6 +40,10 @@ class Settings:
     overlong: Literal["drop", "truncate_response", "truncate_left", "fail"]
     audit: bool
     special_tokens: SpecialTokens = "refuse"
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
+    left_out: LeftOut = "refuse"
+    input_separator: str = "\n\n"
+    """What stands between an Alpaca row's instruction and its input; written into test rows."""
 
 
 @dataclass
@@ -76,7 +82,8 @@ def _tools(settings: Settings) -> tuple[Renderer, Encoder]:
     from transformers import PreTrainedTokenizerFast  # rows are read and checked before it is loaded
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer)
-    return Renderer(tokenizer, settings.train_on, settings.special_tokens), Encoder(tokenizer)
+    renderer = Renderer(tokenizer, settings.train_on, settings.special_tokens, settings.thinking, settings.left_out)
+    return renderer, Encoder(tokenizer)
 
 
 def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
@@ -94,7 +101,8 @@ def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
     """
     _, encoder = _tools(settings)
     chunk = EncodedChunk()
-    kept, segments = _rendered(settings, lines, chunk)
+    kept, written = _rendered(settings, lines, chunk)
+    segments = [one.segments for one in written]
     encoded = encoder.encode(segments)
     if settings.audit:
         audit(kept, segments, encoded, settings)
@@ -111,22 +119,23 @@ def encode_chunk(settings: Settings, lines: Sequence[bytes]) -> EncodedChunk:
 
 def _rendered(
     settings: Settings, lines: Sequence[bytes], chunk: EncodedChunk | TestChunk
-) -> tuple[list[Line], list[list[Segment]]]:
-    """The rows that the template can write, and their segments; notes in the chunk what is to be told of rows."""
+) -> tuple[list[Line], list[Written]]:
+    """The rows that the template can write, and their text; notes in the chunk what is to be told of rows."""
     renderer, _ = _tools(settings)
-    kept, segments = [], []
+    kept, written = [], []
     for line in map(parse_line, lines):
         try:
-            segments.append(renderer.segments(line.conversation))
+            written.append(renderer.written(line.conversation))
             kept.append(line)
         except BadRowError as error:
             chunk.bad.append(error.at(line.file, line.row))
             continue
-        chunk.noticed[_AS_TEXT] += any(segment.cuts for segment in segments[-1])
+        chunk.noticed.update(written[-1].notes)
+        chunk.noticed[_AS_TEXT] += any(segment.cuts for segment in written[-1].segments)
         for mark in renderer.turn_marks:
             spelled = any(mark in message["content"] for message in line.conversation.messages)
             chunk.noticed[f"the text holds {mark!r}, which the template writes between turns"] += spelled
-    return kept, segments
+    return kept, written
 
 
 def encode_test_chunk(settings: Settings, lines: Sequence[bytes]) -> TestChunk:
@@ -141,25 +150,27 @@ def encode_test_chunk(settings: Settings, lines: Sequence[bytes]) -> TestChunk:
     """
     renderer, encoder = _tools(settings)
     chunk = TestChunk()
-    kept, segments = _rendered(settings, lines, chunk)
-    for line, row_segments, row in zip(kept, segments, encoder.encode(segments), strict=True):
-        *before, answer = row_segments
-        prompt = "".join(segment.text for segment in before)
+    kept, written = _rendered(settings, lines, chunk)
+    for line, text, row in zip(kept, written, encoder.encode([one.segments for one in written]), strict=True):
         prompt_ids = row.input_ids[: row.num_prompt_tokens].tolist()
-        chunk.num_asked_otherwise += encoder.prompt_ids(prompt) != prompt_ids
-        said = line.conversation.messages[-1]["content"]
+        chunk.num_asked_otherwise += encoder.prompt_ids(text.prompt) != prompt_ids
         fields = {
             "id": line.conversation.id,
             "category": line.conversation.category,
             "messages": line.conversation.messages[:-1],
-            "prompt": prompt,
+            "prompt": text.prompt,
             "prompt_token_ids": prompt_ids,
-            # An answer that only calls tools is compared as the template writes it.
-            "reference": said if said.strip() else answer.text.removesuffix(renderer.stop_token),
+            "question": _question(line.conversation),
+            "input_separator": settings.input_separator,
         }
-        tools = {"tools": line.conversation.tools} if line.conversation.tools else {}
-        chunk.lines.append(json.dumps(fields | tools, ensure_ascii=False) + "\n")
+        fields |= renderer.test_fields(line.conversation, text)
+        chunk.lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
     return chunk
+
+
+def _question(conversation: Conversation) -> str:
+    """What the user said, without the system message and the answers: answers made elsewhere are joined by it."""
+    return "\n\n".join(message["content"] for message in conversation.messages if message["role"] == "user")
 
 
 def fit(row: EncodedRow, settings: Settings, where: str) -> tuple[npt.NDArray[np.int64] | None, str | None]:
@@ -212,7 +223,6 @@ def audit(
         TrainerError: names the first row that fails, what is wrong, and the way out.
     """
     renderer, encoder = _tools(settings)
-    stop = renderer.tokenizer.eos_token_id
     decoded = encoder.decode([row.input_ids for row in rows])
     for line, row_segments, row, text in zip(lines, segments, rows, decoded, strict=True):
         where = f"audit: {line.file}, row {line.row}"
@@ -226,15 +236,27 @@ def audit(
                 f"{text[at : at + 40]!r} instead of {written[at : at + 40]!r}; the tokenizer loses text: choose "
                 "another base model, or set data.audit: false if this is meant"
             )
-        ends = np.cumsum(row.segment_tokens)
-        for number, segment in enumerate(row_segments):
-            turn = row.input_ids[ends[number] - row.segment_tokens[number] : ends[number]]
-            # Segments alternate: every second one is an assistant turn.
-            if number % 2 and segment.is_target and (turn[-1] != stop or np.count_nonzero(turn == stop) != 1):
-                raise TrainerError(
-                    f"{where}: an assistant turn does not end with the one token {renderer.stop_token!r} ({stop}), or "
-                    "has it inside, so the model would not learn to stop: choose another data.template"
-                )
+        _check_turns(row_segments, row, renderer, where)
+
+
+def _check_turns(segments: Sequence[Segment], row: EncodedRow, renderer: Renderer, where: str) -> None:
+    """Refuse a turn that does not end with its stop token, or has it inside."""
+    ends = np.cumsum(row.segment_tokens)
+    first = 0
+    for number, segment in enumerate(segments):
+        if not segment.in_turn:
+            first = number + 1
+        if not segment.in_turn or (number + 1 < len(segments) and segments[number + 1].in_turn):
+            continue
+        turn = row.input_ids[ends[first] - row.segment_tokens[first] : ends[number]]
+        stop = next((stop for stop in renderer.writer.ends.all if segment.text.endswith(stop)), renderer.stop_token)
+        stop_id = renderer.tokenizer.convert_tokens_to_ids(stop)
+        learned = any(part.is_target for part in segments[first : number + 1])
+        if learned and (turn[-1] != stop_id or np.count_nonzero(turn == stop_id) != 1):
+            raise TrainerError(
+                f"{where}: an assistant turn does not end with the one token {stop!r} ({stop_id}), or has it inside, "
+                "so the model would not learn to stop: choose another data.template"
+            )
 
 
 def _same_letters(decoded: str, written: str, special: re.Pattern[str]) -> bool:

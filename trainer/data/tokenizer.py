@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.config import ModelConfig
+from trainer.config import DataConfig, ModelConfig
 from trainer.data.names import is_hub_id
 from trainer.data.new_tokens import add_new_tokens, mark_control_tokens, vocabulary_rows
 from trainer.data.templates import TemplateName, built_in, set_template
@@ -21,13 +21,13 @@ PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of the vocabulary, not a password
 
 
 def load_tokenizer(
-    model: ModelConfig, template: TemplateName, place: Path | None = None, *, with_torch: bool = True
+    model: ModelConfig, data: DataConfig, place: Path | None = None, *, with_torch: bool = True
 ) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with the new tokens, the template and its stop token set.
 
     Args:
         model: names the base.
-        template: how conversations are written.
+        data: its template, template_name and template_kwargs say how conversations are written.
         place: folder of its tokenizer; None looks for it.
         with_torch: whether to load torch, without which transformers can't read the class that the folder names: it
             then loads tokenizer.json as it is.
@@ -51,7 +51,7 @@ def load_tokenizer(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
         ) from error
     add_new_tokens(tokenizer, model.new_tokens, vocabulary_rows(place))
-    set_template(tokenizer, template)
+    set_template(tokenizer, data.template, data.template_name, data.template_kwargs)
     mark_control_tokens(tokenizer, model.new_tokens)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

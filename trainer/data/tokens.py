@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from trainer.data.renderer import Segment
 from trainer.data.shards import IGNORE
-from trainer.data.templates import Segment
 from trainer.errors import TrainerError
 
 if TYPE_CHECKING:
@@ -34,11 +34,8 @@ class EncodedRow:
     labels: npt.NDArray[np.int32]
     segment_tokens: tuple[int, ...]
     """Tokens of each segment."""
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens before the last answer starts: what a model is asked with."""
-        return sum(self.segment_tokens[:-1])
+    num_prompt_tokens: int
+    """Tokens before the last turn starts: what a model is asked with."""
 
 
 class Encoder:
@@ -68,15 +65,17 @@ class Encoder:
         input_ids [5, 6, 7, 8, 2] and labels [-100, -100, -100, 8, 2].
 
         Args:
-            rows: the segments of each row, context and answer in turns.
+            rows: the segments of each row; the first one is context.
 
         Returns:
             One row for each.
         """
-        answers = iter(self._ids(self._answers, [segment.pieces[0] for row in rows for segment in row[1::2]]))
         starts = iter(self._ids(self._first, [row[0].pieces[0] for row in rows]))
-        between = [self._before_context + segment.pieces[0] for row in rows for segment in row[2::2]]
+        between = [self._before_context + b.pieces[0] for row in rows for a, b in pairwise(row) if _is_context(a, b)]
         contexts = iter(self._ids(self._first, between))
+        inner = iter(
+            self._ids(self._answers, [b.pieces[0] for row in rows for a, b in pairwise(row) if not _is_context(a, b)])
+        )
         # What follows a cut starts no text either.
         after_cuts = iter(
             self._ids(self._answers, [piece for row in rows for segment in row for piece in segment.pieces[1:]])
@@ -84,14 +83,17 @@ class Encoder:
         encoded = []
         for row in rows:
             pieces = [next(starts)]
-            for number in range(1, len(row)):
-                pieces.append(next(answers) if number % 2 else next(contexts)[bool(self._before_context) :])
+            for before, segment in pairwise(row):
+                is_context = _is_context(before, segment)
+                pieces.append(next(contexts)[bool(self._before_context) :] if is_context else next(inner))
             for piece, segment in zip(pieces, row, strict=True):
                 piece.extend(chain.from_iterable(next(after_cuts) for _ in segment.cuts))
             input_ids = np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces])
-            is_target = np.repeat([segment.is_target for segment in row], [len(piece) for piece in pieces])
+            lengths = [len(piece) for piece in pieces]
+            is_target = np.repeat([segment.is_target for segment in row], lengths)
             labels = np.where(is_target, input_ids, IGNORE).astype(np.int32)
-            encoded.append(EncodedRow(input_ids, labels, tuple(map(len, pieces))))
+            last_context = max(number for number, segment in enumerate(row) if not segment.in_turn)
+            encoded.append(EncodedRow(input_ids, labels, tuple(lengths), sum(lengths[: last_context + 1])))
         return encoded
 
     @staticmethod
@@ -105,6 +107,11 @@ class Encoder:
     def decode(self, rows: Sequence[npt.NDArray[np.int32]]) -> list[str]:
         """The text of each row's ids, special tokens included."""
         return self._first.decode_batch([row.tolist() for row in rows], skip_special_tokens=False)
+
+
+def _is_context(before: Segment, segment: Segment) -> bool:
+    """Whether a segment follows an assistant's turn, and so a stop token."""
+    return before.in_turn and not segment.in_turn
 
 
 def _without_prefix(part: _Json) -> _Json:

@@ -245,4 +245,4 @@ def rehearse_base(config: TrainerConfig, run_dir: Path) -> list[str]:
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return rehearse(config, run_dir, load_tokenizer(config.model, config.data.template))
+    return rehearse(config, run_dir, load_tokenizer(config.model, config.data))

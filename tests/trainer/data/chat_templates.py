@@ -134,13 +134,18 @@ def make_tokenizer(name):
         # The newer way: only the very start of a text gets the space, not what follows a special token.
         tokenizer.normalizer = normalizers.Sequence([])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens([added(token) for token in special])
     if begin:
         ids = tokenizer.token_to_id(begin)
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, ids)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=begin, eos_token=end, chat_template=template, additional_special_tokens=[]
     )
+
+
+def added(token, special=True):
+    """A token that is kept whole."""
+    return AddedToken(token, special=special, normalized=False)
 
 
 def byte_level():
