@@ -134,16 +134,17 @@ def read_json(file: TextIO, path: Path, note: Note) -> Iterator[object]:
         yield from _read_values(_Window(file, path, start, line))
         return
     first = start + file.readline()
-    second, between = "", ""
+    second = ""
+    between: list[str] = []  # lines read so far after the first
     while start == "{" and not second.strip() and (second := file.readline()):
-        between += second
+        between.append(second)
     if start == "{" and not second.strip() and _is_value(first):  # one object, on one line
         yield from _read_lone(_Window(file, path, first, line), note)
     elif start == "{" and _goes_on(first) and not _is_value(second):
-        window = _Window(file, path, first + between, line)
+        window = _Window(file, path, first + "".join(between), line)
         yield from _read_lone(window, note)
     else:
-        yield from _read_lines(chain([first], between.splitlines(keepends=True), file), line)
+        yield from _read_lines(chain([first], between, file), line)
 
 
 def _goes_on(line: str) -> bool:

@@ -127,6 +127,7 @@ TWO = [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
         ("lines.json", '{"a": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),
         ("commas.jsonl", '{"a": 1},\n{"a": 2},\n', [{"a": 1}, {"a": 2}]),
         ("one-line.jsonl", '{"a": 1}{"a": 2}, {"a": 3}', [{"a": 1}, {"a": 2}, {"a": 3}]),
+        ("other-breaks.jsonl", '{"a": 1}\n{"a": "\u2028\x85"}', [{"a": 1}, {"a": "\u2028\x85"}]),
         ("lists.json", '[{"a": 1}]\n[{"a": 2}]', [{"a": 1}, {"a": 2}]),
         ("lone.json", '{"instruction": "x", "examples": [{"a": 1}]}', [{"instruction": "x", "examples": [{"a": 1}]}]),
         ("messages.json", '{"messages": [{"role": "user"}]}', [{"messages": [{"role": "user"}]}]),
