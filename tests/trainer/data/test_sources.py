@@ -47,6 +47,11 @@ def reasons(rows):
     return [str(row) if isinstance(row, BadRowError) else row for row in rows]
 
 
+def short(value):
+    """A case's name in the list of tests: its file's."""
+    return value if isinstance(value, str) and len(value) < 20 and value.isprintable() else ""
+
+
 def lines(rows):
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
@@ -146,7 +151,7 @@ TWO = [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
         ("utf16.json", ("\ufeff" + json.dumps(TWO)).encode("utf-16-le"), TWO),
         ("utf16be.jsonl", lines(TWO).encode("utf-16-be"), TWO),
         ("utf32.json", json.dumps(TWO).encode("utf-32"), TWO),
-        ("zipped.jsonl", gzip.compress(lines(TWO).encode()), TWO),
+        ("zipped.jsonl", gzip.compress(lines(TWO).encode(), mtime=0), TWO),
         ("plain.jsonl.gz", lines(TWO), TWO),
         ("a.jsonl.bz2", bz2.compress(lines(TWO).encode()), TWO),
         ("a.jsonl.xz", lzma.compress(lines(TWO).encode()), TWO),
@@ -161,6 +166,7 @@ TWO = [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
         ("numbers.csv", "a,b\n007,1.10\nNaN,\n", [{"a": "007", "b": "1.10"}, {"a": "NaN", "b": ""}]),
         ("empty.jsonl", "\n \n", []),
     ],
+    ids=short,
 )
 def test_a_form_with_one_meaning_is_read(tmp_path, name, text, rows):
     assert read_text(tmp_path, name, text) == rows
@@ -280,7 +286,7 @@ LISTS = b'{"train": [{"a": 1}], "test": [{"a": 2}]}'
         ("a.json", b"[" * 100_000, "a.json, line 1 is not valid JSON: maximum recursion depth"),
         ("a.json", b"[{'a': 1}, {'a': 2}]", "single quotes, as Python prints a dict.*next row begins can't be known"),
         ("a.json", LISTS, r"one object with several lists of rows: train, test. .* python -c"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "cannot be read: .*cut off"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "cannot be read: .*cut off"),
         ("a.jsonl.zst", pa.compress(b'{"a": 1}\n' * 1000, "zstd", asbytes=True)[:-4], "cannot be read: .*cut off"),
         ("a.parquet", b"PAR1 no parquet", "a.parquet cannot be read"),
         ("a.arrow", b"ARROW1\0\0 no arrow", "a.arrow cannot be read"),
@@ -293,6 +299,7 @@ LISTS = b'{"train": [{"a": 1}], "test": [{"a": 2}]}'
         ("a.json", b"\n<!DOCTYPE html><html>", "a web page"),
         ("a.parquet", b"\x80\x04\x95", "a Python pickle, which can run code"),
     ],
+    ids=short,
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, words):
     with pytest.raises(TrainerError, match=words):
