@@ -1,5 +1,7 @@
 """Everything that a row says is in the text where it belongs, or the row is refused or reported."""
 
+from typing import ClassVar
+
 import pytest
 
 from tests.trainer.data.chat_templates import make_tokenizer
@@ -195,7 +197,7 @@ class TestArguments:
             "the chat template does not read the argument 'tools'",
         }
 
-    def test_those_of_all_rows_are_the_exported_templates_defaults(self, tmp_path):
+    def test_those_of_all_rows_are_the_exported_defaults(self, tmp_path):
         found = renderer(self.TEMPLATE, arguments={"mood": "loud"})
         found.tokenizer.save_pretrained(tmp_path)
         again = type(found.tokenizer).from_pretrained(tmp_path)
@@ -206,14 +208,14 @@ class TestArguments:
         assert "!" not in text_of(found.segments(quiet)), "a row's own go first"
 
     def test_one_that_the_template_does_not_read_is_refused(self):
-        with pytest.raises(TrainerError, match="template_kwargs: .* does not read 'moods'; did you mean mood?"):
+        with pytest.raises(TrainerError, match=r"template_kwargs: .* does not read 'moods'; did you mean mood\?"):
             renderer(self.TEMPLATE, arguments={"moods": "loud"})
 
 
 class TestNamedTemplates:
     """Tokenizers with several chat templates."""
 
-    NAMED = {
+    NAMED: ClassVar = {
         "default": LOOP + CONTENT + END,
         "tool_use": "T" + LOOP + CONTENT + CALLS + END,
         "rag": "R" + LOOP + CONTENT + END,
