@@ -407,7 +407,7 @@ def test_test_rows_say_where_a_thought_is(tmp_path, name, arguments, opened):
     assert asked == row["prompt_token_ids"]
 
 
-def test_a_prompt_without_thinking_is_the_same_in_training_and_for_a_chat_api(tmp_path):
+def test_a_closed_prompt_is_the_same_for_a_chat_api(tmp_path):
     rows = [{"prompt": f"Ask {i}", "completion": f"Say {i}", "system": "Be short"} for i in range(10)]
     path = write(tmp_path / "rows.json", rows)
     model = thinking_base(tmp_path / "base", "qwen3.5")
@@ -427,7 +427,7 @@ def test_a_prompt_without_thinking_is_the_same_in_training_and_for_a_chat_api(tm
     assert tokenizer.decode(input_ids).endswith("<think>\n\n</think>\n\n" + tokenizer.decode(input_ids[-6:]))
 
 
-def test_a_row_whose_template_leaves_something_out_is_skipped_or_told(tmp_path):
+def test_a_row_with_something_left_out_is_skipped_or_told(tmp_path):
     rows = [row | {"system": "Be short"} if number == 3 else row for number, row in enumerate(make_rows(20))]
     path = write(tmp_path / "rows.json", rows)
     model = thinking_base(tmp_path / "base", "phi4_reasoning")
@@ -439,7 +439,7 @@ def test_a_row_whose_template_leaves_something_out_is_skipped_or_told(tmp_path):
     assert told["noticed"] == {"the chat template leaves out what the system says": 1}
 
 
-def test_named_templates_are_kept_and_change_the_fingerprint(tmp_path):
+def test_named_templates_are_kept_and_fingerprinted(tmp_path):
     named = {"default": STRING_ARGUMENTS, "tool_use": "<|im_sep|>" + STRING_ARGUMENTS}
     model = thinking_base(tmp_path / "base", "string_arguments", named)
     path = write(tmp_path / "rows.json", make_rows(20))

@@ -197,7 +197,7 @@ class TestArguments:
             "the chat template does not read the argument 'tools'",
         }
 
-    def test_those_of_all_rows_are_the_exported_templates_defaults(self, tmp_path):
+    def test_those_of_all_rows_are_the_exported_defaults(self, tmp_path):
         found = renderer(self.TEMPLATE, arguments={"mood": "loud"})
         found.tokenizer.save_pretrained(tmp_path)
         again = type(found.tokenizer).from_pretrained(tmp_path)

@@ -201,7 +201,7 @@ def test_earlier_turns_whose_thought_is_dropped(name):
     assert renderer(name, earlier_turns="refuse", train_on="last_assistant").segments(TWO)[-1].is_target
 
 
-def test_a_thought_that_vanishes_between_calls_and_the_next_question():
+def test_a_thought_that_vanishes_with_the_next_question():
     """The first thought is written while its tool runs, and left out once the next question has come."""
     words = talk("u:Hi", "c:I will call|", "t:3", "a:It is 3", "u:Sure?", "a:Yes")
     call = '[\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]'
