@@ -354,7 +354,9 @@ class _Layout:
                 continue
             end = self._end(start, number)
             told = self.talk.messages[after:number]
-            everything = self.renderer.train_on == "all" and all(m["role"] in ("system", "user") for m in told)
+            everything = self.renderer.train_on == "all" and all(
+                message["role"] in ("system", "user") and message.get("weight") != 0 for message in told
+            )
             own = start - len(supplied) if as_generated and everything else start
             self._add(at, own, is_target=everything)
             self._add(own, start, is_target=False)

@@ -83,6 +83,8 @@ def test_a_message_of_weight_0_is_context():
     words = talk("u:Hi", "a:Yes", "u:So?", "a:No")
     words.messages[1]["weight"] = 0
     assert [segment.is_target for segment in renderer("chatml").segments(words)] == [False, False, False, True]
+    words.messages[2]["weight"] = 0
+    assert [segment.is_target for segment in renderer("chatml", "all").segments(words)] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
