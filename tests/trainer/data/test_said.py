@@ -109,11 +109,13 @@ def test_a_thought_that_the_template_cannot_write():
 
 def test_a_template_that_leaves_out_some_contents():
     """A row of a shape that is written whole may still lose its words."""
-    template = LOOP + "{{ '' if 'secret' in m.content else m.content }}" + END
+    template = LOOP + "{{ '' if 'secret' in m.content or m.content == 'a' else m.content }}" + END
     found = renderer(template)
     assert "Hi" in text_of(found.segments(talk("u:Hi", "a:Yes")))
     with pytest.raises(BadRowError, match=r"messages\[0\]: the chat template leaves out what the user says"):
         found.segments(talk("u:a secret", "a:Yes"))
+    with pytest.raises(BadRowError, match="what the user says"):
+        found.segments(talk("u:a", "a:Yes"))  # not the one in "assistant"
     with pytest.raises(BadRowError, match="what the user says"):
         found.segments(talk("u:secret", "a:the secret of secrets"))
 
