@@ -172,6 +172,6 @@ def _refuse_twice(names: list[str], path: Path) -> None:
         if count > 1:
             places = [number for number, other in enumerate(names, start=1) if other == name]
             raise TrainerError(
-                f"{path}: the name {name!r} stands over columns {' and '.join(map(str, places))}: rename or delete all "
+                f"{path}: the header has {name!r} in columns {' and '.join(map(str, places))}: rename or delete all "
                 "but one"
             )

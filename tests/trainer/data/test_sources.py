@@ -291,7 +291,7 @@ LISTS = b'{"train": [{"a": 1}], "test": [{"a": 2}]}'
         ("a.parquet", b"PAR1 no parquet", "a.parquet cannot be read"),
         ("a.arrow", b"ARROW1\0\0 no arrow", "a.arrow cannot be read"),
         ("a.csv", b'a,b\n"1,2\n3,4\n', "lines 2 to 3: unexpected end of data: a quote opens there"),
-        ("a.csv", b"a,b,b\n1,2,3\n", "the name 'b' stands over columns 2 and 3: rename or delete"),
+        ("a.csv", b"a,b,b\n1,2,3\n", "the header has 'b' in columns 2 and 3: rename or delete"),
         ("a.csv", b"a,,c\n1,2,3\n", "column 2 has no name in the header"),
         ("a.txt", b"hello", r"none of .json, .jsonl.* and it begins with 'hello', which is no JSON"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS.*git lfs pull"),
@@ -384,7 +384,7 @@ def test_a_table_cell_that_is_no_json_is_one_bad_row(tmp_path):
 
 def test_a_table_with_a_name_twice_is_refused(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]), tmp_path / "a.parquet")
-    with pytest.raises(TrainerError, match="the name 'a' stands over columns 1 and 2"):
+    with pytest.raises(TrainerError, match="the header has 'a' in columns 1 and 2"):
         read(tmp_path / "a.parquet")
 
 
