@@ -180,6 +180,7 @@ def test_a_changed_setting_stops_with_the_difference(finished: tuple[Path, str, 
     assert "--from train --force" in answer.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_in_training_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     config = write_run(tmp_path, steps=2000)
     mark = uuid.uuid4().hex

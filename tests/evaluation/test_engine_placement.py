@@ -66,6 +66,7 @@ def answers(spec: EngineSpec) -> list[str | None]:
     return found[0]
 
 
+@pytest.mark.slow
 def test_the_next_model_gets_the_gpus_of_the_last(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "Engine", StandIn)
     spec = EngineSpec(model, engines=2, tensor_parallel_size=2)

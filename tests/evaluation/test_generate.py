@@ -172,6 +172,7 @@ def test_two_engines_share_the_rows_and_one_bad_row_fails_itself(cluster, folder
     assert sorted(shares(answer.serial for answer in answers.values())) in ([19, 20], [20, 19])
 
 
+@pytest.mark.slow
 def test_a_cache_too_small_for_the_model_names_the_setting(cluster, tmp_path):
     model = tiny_models.build(tmp_path / "long", max_positions=8192)
     # Two layers of 64 numbers, twice (keys, values), in 4 bytes: 1 KiB a token, and 8 MiB for 8,192 of them.
@@ -200,6 +201,7 @@ def test_a_vllm_judge_gives_integers_only(finished, cluster, folders, tmp_path_f
     assert judge(config, ["base", "tuned"], run_dir)["models"]["base"]["reused"] == NUM_PROMPTS - 1
 
 
+@pytest.mark.slow
 def test_a_score_may_be_the_expectation_over_the_judges_probabilities(finished, cluster, tmp_path):
     run_dir, _ = finished
     (tmp_path / "responses").symlink_to(run_dir / "responses")

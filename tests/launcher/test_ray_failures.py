@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,8 +32,12 @@ def reached(run_dir: Path) -> int:
 
 def workers() -> list[psutil.Process]:
     """The training workers of this process's Ray."""
-    family = psutil.Process().children(recursive=True)
-    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # another one may end meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def killer(run_dir: Path, *at_steps: int, number: int = signal.SIGKILL) -> Callable[[], None]:

@@ -52,7 +52,7 @@ def assert_same_run(one, other):
     [
         pytest.param("zero2", 5, 0.01, marks=pytest.mark.slow),
         ("zero3", 5, 0.02),
-        ("lora", 6, 0.005),
+        pytest.param("lora", 6, 0.005, marks=pytest.mark.slow),
         pytest.param("zero2", 1, 0.0, marks=pytest.mark.slow),
         pytest.param("zero0", 3, 0.0, marks=pytest.mark.slow),
         pytest.param("zero2-offloaded", 4, 0.01, marks=pytest.mark.slow),
@@ -105,6 +105,7 @@ def test_a_preempted_run_saves_at_the_step_s_edge_and_says_resume_me(whole, tmp_
     assert_same_run(run_dir, whole("zero2"))
 
 
+@pytest.mark.slow
 def test_a_rank_under_sigstop_is_seen_and_all_stacks_are_saved(whole, tmp_path):
     run_dir = fresh_copy(whole("zero2"), tmp_path / "run")
     set_options(run_dir, "training", hang_timeout_s=4.0)
@@ -155,9 +156,10 @@ def without_dropout(tmp_path_factory, tiny_base):
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "stage"),
-    [(1, 3), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [(1, 3), (2, 0), (4, 2)],
 )
 def test_another_world_size_or_stage_goes_on_with_the_same_steps(without_dropout, tmp_path, num_ranks, stage):
     run_dir = fresh_copy(without_dropout, tmp_path / "run")
@@ -181,7 +183,8 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused_before_anything_
     assert not (run_dir / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("kind", ["nan_loss", pytest.param("nan_gradient", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nan_loss", "nan_gradient"])
 def test_a_step_that_is_not_finite_stops_the_run_and_names_the_rows(whole, tmp_path, kind):
     run_dir = fresh_copy(whole("zero2"), tmp_path / "run")
     shutil.rmtree(run_dir / "data" / "train")

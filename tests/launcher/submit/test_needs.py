@@ -205,6 +205,6 @@ def test_submit_names_every_problem_at_once_and_ends_with_status_2(repository: P
     refused = launcher("submit", "slurm", repository / "configs/8b.yaml", *words, cwd=tmp_path)
     assert refused.returncode == 2
     assert "training.num_workers = 8 keeps 1 of 2 nodes busy" in refused.stderr
-    assert "missing.json: no such file" in refused.stderr
+    assert f"there is no file or folder {tmp_path}/missing.json" in refused.stderr
     assert refused.stderr.splitlines()[-1] == "nothing was submitted"
     assert list(tmp_path.iterdir()) == []

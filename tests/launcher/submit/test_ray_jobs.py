@@ -242,6 +242,7 @@ def ray_nodes() -> Iterator[RayCluster]:
             cluster.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_a_job_outlives_a_node_and_ends_with_its_report(
     ray_nodes: RayCluster, submitting: Path, repository: Path
