@@ -10,7 +10,6 @@ import pytest
 from launcher.config import ClusterConfig
 from launcher.ray_cluster import Resources, ray_cluster
 
-
 HEAVY = {
     "test_attempt.py",
     "test_checkpoint.py",
