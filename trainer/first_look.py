@@ -128,7 +128,9 @@ class _Look:
         if self.config.data.on_bad_row == "skip":
             self.notes.append(f"{of} cannot be used and will be left out:{rejected.listed()}")
         else:
-            way_out = "fix them, or set data.on_bad_row: skip to leave such rows out"
+            way_out = "fix them"
+            if number < self.num_rows or not self.is_complete:
+                way_out += ", or set data.on_bad_row: skip to leave such rows out"
             self.problems.append(f"data: {of} cannot be used ({way_out}):{rejected.listed()}")
 
     def text(self, folder: Path, collected: Collected | None, base: Path | None) -> None:
@@ -159,7 +161,8 @@ class _Look:
             tokenizer.save_pretrained(folder / "tokenizer")
             settings = preparation.settings()
             preparation.encode(settings, "train", rows, tally)
-            preparation.write_test(settings, rows[:_TEST_ROWS], Tally())
+            if not rejected.counts["bad row"]:  # test rows are the same rows, which are counted once
+                preparation.write_test(settings, rows[:_TEST_ROWS], Tally())
         self._bad_rows(rejected)
         self._report(tally, collected.num_rows)
 

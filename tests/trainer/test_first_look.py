@@ -73,6 +73,7 @@ def test_what_prepare_would_refuse_is_a_problem(tmp_path, base, changed, data, w
     ("changed", "data", "words"),
     [
         ({"output": ""}, {"on_bad_row": "skip"}, "1 of the 40 rows cannot be used and will be left out"),
+        ({"output": "So </s>"}, {"on_bad_row": "skip"}, "1 of the 40 rows cannot be used and will be left out"),
         ({"output": "a" * 300}, {}, "1 of them would be dropped: longer than sequence_length"),
         ({"output": "a" * 300}, {"overlong": "truncate_response"}, "1 of them would be cut: truncate_response"),
         ({"output": "a" * 300}, {}, "the longest of them has 3"),

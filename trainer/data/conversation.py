@@ -73,7 +73,9 @@ def check_conversation(messages: list[Message], train_on: TrainOn = "assistant")
             raise BadRowError("the answer is empty", f"{name}.content")
         before = role
     if before != "assistant":
-        raise BadRowError(f"ends with {before}, not with the assistant, so there is nothing to learn", "messages")
+        raise BadRowError(
+            f"ends with {before}, not with the assistant: take out what follows the last answer", "messages"
+        )
     learned = messages[-1:] if train_on == "last_assistant" else messages
     if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in learned):
         which = "the last answer" if train_on == "last_assistant" else "every answer"

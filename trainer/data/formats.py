@@ -12,8 +12,10 @@ from typing import Any
 from trainer.config import Columns, RowFormat
 from trainer.data.conversation import BadRowError, Conversation, Message, TrainOn, check_conversation
 from trainer.data.fields import (
+    LEARNED,
     MEDIA,
     METADATA,
+    NOT_LEARNED,
     SYSTEM,
     TEMPLATE_ARGUMENT_TABLES,
     TEMPLATE_ARGUMENTS,
@@ -333,6 +335,8 @@ class _Row:
             if form in ONE_TURN and form != self.reader.format:
                 rivals.update(ONE_TURN[form].prompt, ONE_TURN[form].answer)
         for name in rest:
+            if name in LEARNED or name in NOT_LEARNED:
+                _check_mark_of_row(name, self.given[name])
             if not _restates(name, self.given[name], said):
                 if name in rivals:
                     raise BadRowError(
@@ -351,6 +355,16 @@ def _refuse_other_data(given: Mapping[str, Any]) -> None:
     for name in MEDIA:
         if name in given:
             raise BadRowError(f"only text can be learned, and this is something else; {_leave_out(name)}", name)
+
+
+def _check_mark_of_row(name: str, mark: object) -> None:
+    """Refuse a mark for loss beside the messages that takes something from learning; other values are no marks."""
+    if isinstance(mark, list) or (mark in (0, 1) and bool(mark) == (name in NOT_LEARNED)):
+        raise BadRowError(
+            "marks the row, or turns of it, not to be learned, and such marks are read of messages alone: give each "
+            f"message its own, leave the row out, or name it in data.metadata_fields: [{name}] to leave it unread",
+            name,
+        )
 
 
 def _leave_out(name: str) -> str:

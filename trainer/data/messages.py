@@ -89,7 +89,7 @@ class MessageRules:
         if role is None:
             raise BadRowError(
                 f"unknown role {word!r}; known: {', '.join(known)}; give others a meaning under data.roles, such as "
-                f"{{{word}: user}}",
+                f"{{{word}: user}} or {{{word}: assistant}}",
                 name,
             )
         return role

@@ -229,7 +229,9 @@ class Renderer:
             kept, thought = dict(message), None
             if message["role"] == "assistant":
                 thought = kept.pop("reasoning_content", None)
-                if not thought and "think>" in message["content"]:
+                if thought and thought.strip() and "</think>" in message["content"]:
+                    kept["content"] = _without_inline(message["content"], thought, f"messages[{number}]")
+                elif not thought and "think>" in message["content"]:
                     kept["content"], thought, is_verbatim = self._parted(
                         message["content"], form, f"messages[{number}]"
                     )
@@ -239,6 +241,10 @@ class Renderer:
             if thought and thought.strip():
                 thoughts[number] = self._guarded(thought, f"messages[{number}].reasoning_content")
         tools = _each_text(tools, "tools", self._guarded)
+        names = [message["name"] for message in messages if message.get("name") and message["role"] != "tool"]
+        notes |= (
+            {"the chat template does not write a message's name"} if names and not self.writer.reads_names else set()
+        )
         return Talk(messages, thoughts, frozenset(verbatim), tools, arguments), notes
 
     def _parted(self, content: str, form: ThoughtForm | None, where: str) -> tuple[str, str | None, bool]:
@@ -544,6 +550,16 @@ def _shifted(shape: _Shape, words: list[str]) -> list[_Span]:
     for span in shape.spans:
         moved.append(_Span(edge(span.start), edge(span.end), span.is_target, span.in_turn))
     return moved
+
+
+def _without_inline(content: str, thought: str, where: str) -> str:
+    """The answer of a message that has a thought of its own, without the same thought in its content."""
+    parted = split_thought(content, may_be_unopened=False)
+    if parted is None:
+        return content
+    if parted[0].strip() not in ("", thought.strip()):
+        raise BadRowError("has one thought of its own and another in <think> tags in its content: take one out", where)
+    return parted[1].lstrip("\n")
 
 
 def _described(number: int, what: str, talk: Talk) -> str:

@@ -121,6 +121,14 @@ class Writer:
         named = self._templates
         return "tools" in arguments_read(named.get("tool_use", named["default"]))
 
+    @cached_property
+    def reads_names(self) -> bool:
+        """Whether the template writes the name of a user."""
+        try:
+            return "Znamedz" in self._plain([_USER | {"name": "Znamedz"}, _ANSWER], False)
+        except BadRowError:
+            return False
+
     @property
     def _templates(self) -> dict[str, str]:
         templates: str | dict[str, str] = self.tokenizer.chat_template

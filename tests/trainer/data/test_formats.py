@@ -126,6 +126,9 @@ ALPACA = {"instruction": "Q", "output": "A"}
         (ALPACA | {"output": "a\0b"}, r"messages\[1\].content: holds a NUL character at position 1"),
         (ALPACA | {"instruction": "\udce9"}, r"messages\[0\].content: is not valid UTF-8 at position 0"),
         (ALPACA | {"category": ["x"]}, "category: must be text, it is a list"),
+        (ALPACA | {"train": False}, "train: marks the row, or turns of it, not to be learned"),
+        (ALPACA | {"loss_mask": [0, 1]}, r"loss_mask: marks .* data.metadata_fields: \[loss_mask\]"),
+        (ALPACA | {"masked": 1}, "masked: marks the row"),
     ],
 )
 def test_bad_alpaca_rows(row, words):

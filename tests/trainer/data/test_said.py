@@ -174,6 +174,25 @@ def test_a_call_without_content_is_null_where_the_template_asks():
     assert "Rome" in found.segments(talk("u:Hi", calls=[call("weather", city="Rome")]))[1].text
 
 
+def test_a_thought_that_is_said_twice_is_written_once():
+    twice = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "reasoning_content": "T", "content": "<think>T</think>A"},
+    ]
+    found = Renderer(thinking_tokenizer("qwen3"), "assistant")
+    assert found.written(Conversation("a", twice)).answer.count("T") == 1
+    twice[1]["reasoning_content"] = "Other"
+    with pytest.raises(BadRowError, match="one thought of its own and another in <think> tags"):
+        found.written(Conversation("a", twice))
+
+
+def test_a_name_that_the_template_does_not_write_is_reported():
+    named = [{"role": "user", "name": "Ann", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    notes = renderer(LOOP + CONTENT + END).written(Conversation("a", named)).notes
+    assert notes == {"the chat template does not write a message's name"}
+    assert not renderer(LOOP + "{{ m.name or '' }}" + CONTENT + END).written(Conversation("a", named)).notes
+
+
 def test_a_template_without_tools_is_reported():
     found = renderer(STRING_ARGUMENTS)
     written = found.written(talk("u:Hi", calls=[call("weather", city="Rome")], tools=TOOLS))
