@@ -51,9 +51,8 @@ run: setup
 	test -f $(QUICKSTART_DATA) || $(BIN)/launcher make-quickstart-data $(QUICKSTART_DATA)
 	$(BIN)/launcher run configs/quickstart.yaml
 
-# Two processes: one takes the files that start Ray, vLLM, Slurm or workers, the other those that do not (tests/conftest.py).
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --durations 20
+	$(BIN)/python -m pytest -m "not slow" --durations 20
 
 test-all: setup-dev
 	$(BIN)/python -m pytest
