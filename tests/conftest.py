@@ -10,6 +10,7 @@ import pytest
 from launcher.config import ClusterConfig
 from launcher.ray_cluster import Resources, ray_cluster
 
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The top of this repository."""
