@@ -294,7 +294,7 @@ def _join(answers: Sequence[_Answer], known: Mapping[str, Row], path: Path) -> d
     ids = [answer.id for answer in answers if answer.id is not None]
     if len(ids) == len(answers) and (any(name in known for name in ids) or not any(a.instruction for a in answers)):
         if len(set(ids)) < len(ids):
-            raise EvaluationError(f"{path}: id {Counter(ids).most_common(1)[0][0]!r} stands there twice")
+            raise EvaluationError(f"{path}: id {Counter(ids).most_common(1)[0][0]!r} is there twice")
         return dict(zip(ids, answers, strict=True))
     by_question: dict[str, list[str]] = {}
     for name, row in known.items():

@@ -93,6 +93,12 @@ def _kind_problems(settings: dict[str, Any]) -> list[str]:
     problems = [f"{words}: {_MERGE}" for name, words in _MORE_THAN_LORA.items() if settings.get(name)]
     if settings.get("bias", "none") != "none":
         problems.append(f"trains biases (bias: {settings['bias']}), which vLLM does not serve: {_MERGE}")
+    rank, largest = settings.get("r") or 0, max((settings.get("rank_pattern") or {}).values(), default=0)
+    if largest > rank:
+        problems.append(
+            f"has layers of rank {largest} (rank_pattern) beside rank {rank} (r), and vLLM is set up for the latter: "
+            + _MERGE
+        )
     begins = settings.get("init_lora_weights", True)
     if isinstance(begins, str) and begins.lower() not in _PLAIN_BEGINNINGS:
         problems.append(

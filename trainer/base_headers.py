@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,7 +55,7 @@ def is_embedding(module: str) -> bool:
 
 
 def linear_layers(shapes: Shapes) -> Shapes:
-    """The modules that all-linear stands for: all but embeddings and the output layer.
+    """The modules that all-linear means: all but embeddings and the output layer.
 
     Args:
         shapes: Of a base's tensors.
@@ -68,3 +69,16 @@ def linear_layers(shapes: Shapes) -> Shapes:
 def fits(module: str, target: str) -> bool:
     """Whether PEFT takes a module for a target: it has this name, or ends with it."""
     return module == target or module.endswith(f".{target}")
+
+
+def vocabulary_rows(config: dict[str, Any]) -> int | None:
+    """Rows of a model's embedding. Pure.
+
+    Args:
+        config: The content of config.json.
+
+    Returns:
+        Their number; None where the file does not say.
+    """
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return rows if isinstance(rows, int) else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.adapter_problems import adapter_problems
-from trainer.base_headers import Shapes, fits, linear_layers, matrices, tensor_shapes
+from trainer.base_headers import Shapes, fits, linear_layers, matrices, tensor_shapes, vocabulary_rows
 from trainer.config import ExportConfig, FreezeTuning, LoraTuning, ModelConfig, TuningConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -119,9 +119,8 @@ def num_positions(config: dict[str, Any]) -> int | None:
 
 def _vocabulary_problems(folder: Path, config: dict[str, Any], new_tokens: tuple[str, ...]) -> list[str]:
     """New tokens that the base has, and tokens that it has no row for."""
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    ids = _token_ids(folder)
-    if not isinstance(rows, int) or not ids:
+    rows, ids = vocabulary_rows(config), _token_ids(folder)
+    if rows is None or not ids:
         return []
     problems = [
         f"has the token {token!r} already (id {ids[token]}): take it out of model.new_tokens"

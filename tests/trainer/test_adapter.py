@@ -75,6 +75,7 @@ def test_a_sound_adapter_has_no_problem(tiny_base, adapter):
         ({"layer_replication": [[0, 2]]}, "repeats layers of its base"),
         ({"target_parameters": ["mlp.experts"]}, "adapts single parameters"),
         ({"init_lora_weights": "pissa"}, "began as pissa"),
+        ({"rank_pattern": {"q_proj": 8}}, "has layers of rank 8 (rank_pattern) beside rank 4"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(tiny_base, adapter, settings, words):

@@ -5,7 +5,6 @@ Tables know numbers that are none for empty cells, dates, bytes, and lists of ob
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from trainer.data.conversation import BadRowError
+from trainer.data.fields import parsed
 
 Convert = Callable[[Any], Any]
 # Fields whose value is a list of objects in every form of rows.
@@ -48,7 +48,7 @@ def list_of_structs(value: object, *, is_list: bool = False) -> list[dict[str, A
 
 
 def undo_struct_of_lists(row: dict[str, Any]) -> None:
-    """Replace, in a row, each object of lists that stands for a list of objects."""
+    """Replace, in a row, each object of lists that is a list of objects."""
     for name, value in row.items():
         if isinstance(value, dict):
             listed = list_of_structs(value, is_list=name in _LISTS)
@@ -123,14 +123,6 @@ def _text_of(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def _parsed(text: str) -> Any:  # noqa: ANN401 - JSON is anything
-    return json.loads(text, parse_constant=_refuse_constant)
-
-
-def _refuse_constant(word: str) -> None:
-    raise BadRowError(f"{word} is no JSON value")
-
-
 def _short(number: float) -> float | None:
     """A number of 32 bits, not written with the digits of 64: 0.1 and not 0.10000000149011612."""
     finite = _finite(number)
@@ -147,5 +139,5 @@ _CONVERTERS: tuple[tuple[Callable[[pa.DataType], bool], Convert], ...] = (
     (pa.types.is_large_binary, _text_of),
     (pa.types.is_binary_view, _text_of),
     (pa.types.is_fixed_size_binary, _text_of),
-    (lambda kind: isinstance(kind, pa.JsonType), _parsed),
+    (lambda kind: isinstance(kind, pa.JsonType), lambda text: parsed(text, "")),
 )

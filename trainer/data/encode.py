@@ -43,7 +43,7 @@ class Settings:
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     left_out: LeftOut = "refuse"
     input_separator: str = "\n\n"
-    """What stands between an Alpaca row's instruction and its input; written into test rows."""
+    """The text between an Alpaca row's instruction and its input; written into test rows."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from trainer.data.conversation import BadRowError, check_text
@@ -59,6 +60,10 @@ TEMPLATE_ARGUMENTS = ("enable_thinking", "reasoning_effort")
 
 TEMPLATE_ARGUMENT_TABLES = ("chat_template_kwargs", "template_kwargs")
 """Columns that hold several arguments of the chat template."""
+
+_MOST_FIELDS = 1_000  # unread fields that are counted apart
+_OTHER_FIELDS = "(others)"
+_SHOWN_FIELDS = 20
 
 NumberText = Literal["exact", "shortest"]
 
@@ -211,6 +216,8 @@ class FieldNotes:
             number: the row's number in it, from 1.
         """
         for name in set(unknown):
+            if name not in self.unknown and len(self.unknown) >= _MOST_FIELDS:
+                name = _OTHER_FIELDS  # noqa: PLW2901 - rows whose field names are data, such as ids
             if name not in self.unknown:
                 self.unknown[name] = {"rows": 0, "first": f"{file}, row {number}"}
             self.unknown[name]["rows"] += 1
@@ -227,7 +234,8 @@ class FieldNotes:
         """
         if policy != "fail" or not self.unknown:
             return
-        names = ", ".join(sorted({name.rpartition(".")[2].partition(" ")[0] for name in self.unknown}))
+        bare = sorted({name.rpartition(".")[2].partition(" ")[0] for name in self.unknown})
+        names = ", ".join(bare[:_SHOWN_FIELDS]) + (", ..." if len(bare) > _SHOWN_FIELDS else "")
         raise TrainerError(
             "rows have fields that nothing reads:\n  "
             + "\n  ".join(unknown_lines(self.unknown))
@@ -245,6 +253,9 @@ def unknown_lines(unknown: Mapping[str, Mapping[str, Any]]) -> list[str]:
     Returns:
         Lines with the number of rows and the place of the first.
     """
-    return [
-        f"the field {name} is not read: {use['rows']:,} rows, the first {use['first']}" for name, use in unknown.items()
+    lines = [
+        f"the field {name} is not read: {use['rows']:,} rows, the first {use['first']}"
+        for name, use in islice(unknown.items(), _SHOWN_FIELDS)
     ]
+    more = len(unknown) - len(lines)
+    return lines + ([f"{more:,} more fields are not read"] if more else [])

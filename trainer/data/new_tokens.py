@@ -1,4 +1,4 @@
-"""model.new_tokens: tokens that a tokenizer gets for a run, and what stands for them in the base's own tokens.
+"""model.new_tokens: tokens that a tokenizer gets for a run, and their pieces in the base's own tokens.
 
 The text of a new token is what rows are written with, so it is ordinary text of a row. Only where the template itself
 writes it between turns is it a control token, which a row must not spell. The command line reads the file that is
@@ -22,16 +22,6 @@ NEW_TOKENS = "new_tokens.json"
 """In run_dir/data: for each new token its id and the ids of its pieces in the base's tokens."""
 
 _TURNS = [{"role": role, "content": "Words"} for role in ("user", "assistant", "user")]
-
-
-def vocabulary_rows(folder: Path) -> int | None:
-    """Rows of a model's embedding by its config.json; None where the file does not say."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return rows if isinstance(rows, int) else None
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], rows: int | None = None) -> None:

@@ -156,7 +156,7 @@ class Renderer:
     def written(self, conversation: Conversation) -> Written:
         """The conversation's text, cut where assistant turns and their thoughts start and end.
 
-        The text ends with the last turn's stop token. `last_assistant` makes one segment of all that stands before the
+        The text ends with the last turn's stop token. `last_assistant` makes one segment of all before the
         last turn.
 
         Args:
@@ -265,7 +265,7 @@ class Renderer:
         return (answer, thought, True) if as_they_are else (answer.lstrip("\n"), thought.strip("\n"), False)
 
     def _shape(self, talk: Talk) -> _Shape:
-        """The layout of conversations like this one, made the first time that it is asked for."""
+        """The layout of conversations like this one, made at its first use."""
         key = talk.shape
         if key not in self._shapes:
             if len(self._shapes) >= _SHAPES:
@@ -289,7 +289,7 @@ class Renderer:
         notes = self._judge(found.left_out, talk, dropped)
         spans, own = _Layout(self, talk, text, found, dropped).spans()
         marks = [0, *(edge for place in found.places.values() for edge in place), len(text)]
-        # Where the row's own white space stands around a thought, its text must be cut by itself.
+        # Where the row's own white space is around a thought, its text must be cut by itself.
         simple = not talk.tools and not talk.inline and not any(message.get("tool_calls") for message in talk.messages)
         once = all(text.count(str(value)) == 1 for slot, value in talk.slots.items() if slot in found.places)
         literals = [text[start:end] for start, end in zip(marks[::2], marks[1::2], strict=True)]
@@ -382,7 +382,7 @@ class _Layout:
             ):
                 raise BadRowError(
                     f"the chat template mixes message {message} with the assistant's turn in message {number}, so what "
-                    f"is to be learned cannot be told: {self._last_alone(number)}{_OTHER}",
+                    f"is to be learned is not known: {self._last_alone(number)}{_OTHER}",
                     f"messages[{message}]",
                 )
 
@@ -399,7 +399,7 @@ class _Layout:
         return self.renderer.writer.form(self.talk.arguments)
 
     def _start(self, number: int, at: int, last: int) -> tuple[int | None, str, bool]:
-        """Where the words of a turn start, what the prompt supplies of a thought, and whether it stands in the text."""
+        """Where the words of a turn start, what the prompt supplies of a thought, and whether it is in the text."""
         prompt = self.renderer.writer.prompt(self.talk, number, self.dropped)
         supplied = self._form.supplied(prompt) if self._form else ""
         if self.text.startswith(prompt) and len(prompt) >= at:
@@ -412,8 +412,8 @@ class _Layout:
         if number != last and self.renderer.thinking.earlier_turns == "mask":
             return None, supplied, False
         raise BadRowError(
-            f"the chat template writes what stands before message {number} otherwise in training than when it asks "
-            f"for that message, so where the answer starts cannot be told exactly: {self._last_alone(number)}{_OTHER}",
+            f"the chat template writes the text before message {number} differently in training than in the generation "
+            f"prompt, so where the answer starts is not known exactly: {self._last_alone(number)}{_OTHER}",
             f"messages[{number}]",
         )
 
@@ -475,7 +475,7 @@ class _Layout:
         stop = next(stop for stop in ends.all if self.text.endswith(stop, start, end))
         if stop in ends.learned:
             self._add(answer, end, is_target=learned, in_turn=True)
-        else:  # generation goes on after it, so it must not be learned as the end
+        else:  # generation continues after it, so it must not be learned as the end
             self._add(answer, end - len(stop), is_target=learned, in_turn=True)
             self._add(end - len(stop), end, is_target=False, in_turn=True)
             self.notes.add(f"the chat template ends an earlier turn with {stop!r}, which is not learned")

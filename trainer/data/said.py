@@ -1,7 +1,7 @@
 """What a conversation says, piece by piece, and where a rendered text says it.
 
 A conversation's shape is rendered once with planted unique marks: this shows what the template leaves out, in which
-order it writes the rest, and what stands around each piece. A row of that shape is then compared with the pieces.
+order it writes the rest, and what is around each piece. A row of that shape is then compared with the pieces.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from trainer.data.conversation import Message
 
 TOOLS = -1
-"""Stands for the number of a message in a slot of the tools' descriptions."""
+"""Takes the place of a message's number in a slot of the tools' descriptions."""
 _ANCHOR = 12  # characters before a piece that tell its place from others
 _SELF_EVIDENT = 8  # a text of so many characters is not found by chance
 
@@ -85,12 +85,12 @@ class Talk:
 
 
 def planted_arguments(number: int, at: int) -> dict[str, str]:
-    """Arguments of a call that stand nowhere else."""
+    """Arguments of a call that are nowhere else."""
     return {f"Zq{number}k{at}z": f"Zq{number}v{at}z"}
 
 
 def planted_tool() -> dict[str, Any]:
-    """A tool whose description stands nowhere else."""
+    """A tool whose description is nowhere else."""
     parameters = {
         "type": "object",
         "properties": {"Zqparameterz": {"type": "string", "description": "Zqmeaningz"}},
@@ -254,5 +254,5 @@ def says_tools(tools: Sequence[Mapping[str, Any]], text: str) -> bool:
 
 
 def _is_said(words: str, text: str) -> bool:
-    """Whether each line of some words stands in a text: templates that write code put them into comments."""
+    """Whether each line of some words is in a text: templates that write code put them into comments."""
     return all(any(written in text for written in _spellings(line)) for line in words.splitlines() if line.strip())

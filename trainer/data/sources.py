@@ -25,8 +25,6 @@ from trainer.data.names import SUFFIXES, SUFFIXES_IN_WORDS, files_of, in_short, 
 from trainer.data.tables import read_arrow, read_csv, read_parquet
 from trainer.errors import TrainerError
 
-__all__ = ["Row", "is_hub_id", "read_source", "splits_of"]
-
 _HEAD_BYTES = 512
 _UNPACK: dict[bytes, Callable[[io.BufferedReader], object]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),

@@ -44,7 +44,7 @@ class ThoughtForm:
     written: bool = True
     """The template writes the thought of the last turn; else it cuts it off."""
     splits: bool = False
-    """The template itself takes what stands before a closing tag in the content for a thought."""
+    """The template itself takes what is before a closing tag in the content for a thought."""
 
     def supplied(self, prompt: str) -> str:
         """The end of a generation prompt that supplies a part of a thought, or nothing."""

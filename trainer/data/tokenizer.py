@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from trainer.base_headers import vocabulary_rows
 from trainer.config import DataConfig, ModelConfig
 from trainer.data.names import is_hub_id
-from trainer.data.new_tokens import add_new_tokens, mark_control_tokens, vocabulary_rows
+from trainer.data.new_tokens import add_new_tokens, mark_control_tokens
 from trainer.data.templates import TemplateName, built_in, set_template
 from trainer.errors import TrainerError
 
@@ -50,12 +52,20 @@ def load_tokenizer(
         raise TrainerError(
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {error}"
         ) from error
-    add_new_tokens(tokenizer, model.new_tokens, vocabulary_rows(place))
+    add_new_tokens(tokenizer, model.new_tokens, _rows_of(place))
     set_template(tokenizer, data.template, data.template_name, data.template_kwargs)
     mark_control_tokens(tokenizer, model.new_tokens)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _rows_of(folder: Path) -> int | None:
+    """Rows of the embedding by a model's config.json; None where the file does not say."""
+    try:
+        return vocabulary_rows(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def tokenizer_place(model: ModelConfig) -> Path:

@@ -7,6 +7,7 @@ import pytest
 from trainer.config import DataConfig
 from trainer.data.collect import Rejected, collect, parse_line
 from trainer.data.conversation import BadRowError
+from trainer.data.fields import FieldNotes, unknown_lines
 from trainer.errors import TrainerError
 
 GOOD = {"instruction": "Q", "output": "A"}
@@ -118,3 +119,14 @@ def test_a_fraction_is_learned_as_it_is_spelled(tmp_path):
     collected, _ = run(tmp_path, ['{"instruction": 1e3, "output": 0.50}'])
     (line,) = collected.lines([0])
     assert [message["content"] for message in parse_line(line).conversation.messages] == ["1e3", "0.50"]
+
+
+def test_field_names_that_are_data_do_not_grow_without_a_bound():
+    notes = FieldNotes()
+    for number in range(1_500):
+        notes.add([f"field-{number}"], [], "rows.jsonl", number)
+    assert len(notes.unknown) == 1_001
+    assert notes.unknown["(others)"]["rows"] == 500
+    lines = unknown_lines(notes.unknown)
+    assert len(lines) == 21
+    assert lines[-1] == "981 more fields are not read"

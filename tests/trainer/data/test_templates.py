@@ -114,7 +114,7 @@ def test_the_prompt_of_a_chat_api_is_a_prefix_of_the_trained_ids(name):
 
 def test_a_system_message_that_moves_stops_the_stage():
     words = talk("s:Be short", "u:Hi", "a:Yes", "u:So?", "a:No")
-    with pytest.raises(TrainerError, match="before message 2 otherwise in training"):
+    with pytest.raises(TrainerError, match="the text before message 2 differently in training"):
         renderer("mistral").segments(words)
     assert renderer("mistral_first").segments(words)[0].text == "<s>[INST] Be short\n\nHi [/INST]"
 
