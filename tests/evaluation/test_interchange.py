@@ -291,7 +291,7 @@ def test_results_of_a_batch_are_joined_by_custom_id(tmp_path):
             [{"id": f"row-0000{i}", "response": ""} for i in range(6)],
             "1 responses have no test row ('row-00005' first)",
         ),
-        ([{"id": "row-00000", "response": "x"}] * 2, "id 'row-00000' stands there twice"),
+        ([{"id": "row-00000", "response": "x"}] * 2, "id 'row-00000' is there twice"),
         ([{"id": 1, "response": "x"}], "row 1: id must be text, this is 1"),
         ([{"instruction": "new", "output": "x"}], "no row of data/test.jsonl asks 'new'"),
         ([{"question": "new", "answer": "x"}], "the first of 1 has question, answer"),
