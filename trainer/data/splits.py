@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from trainer.config import Shares
 from trainer.data.collect import CUT, SPLITS, UNSPLIT, Collected
 from trainer.data.names import SplitName
 from trainer.errors import TrainerError
+
+_TINY = 1e-9  # keeps 0.29 of 100 at 29, not 28
 
 Rows = npt.NDArray[np.int64]
 
@@ -77,7 +79,8 @@ def _too_few(collected: Collected, split: object, seed: int, sizes: Mapping[str,
         return f"{message}: give rows of this split"
     if np.all(collected.splits == UNSPLIT):
         shares = _shares(split, CUT[UNSPLIT])
-        needed = next(n for n in count(math.ceil(1 / shares["test"])) if all(_sizes(n, shares)))
+        enough = range(math.ceil(4 / min(shares.values())))
+        needed = bisect_left(enough, True, key=lambda num_rows: all(_sizes(num_rows, shares)))
         message += f". These shares need {needed:,} rows"
     for share in (0.1, 0.2, 0.3, 0.34):
         usable = {"train": round(1 - 2 * share, 2), "validation": share, "test": share}
@@ -90,8 +93,9 @@ def _too_few(collected: Collected, split: object, seed: int, sizes: Mapping[str,
 
 def _sizes(num_rows: int, shares: Mapping[SplitName, float]) -> tuple[int, int, int]:
     """Rows of train, validation and test."""
-    cut = cut_by_shares(np.zeros(num_rows, dtype=np.int32), shares, seed=0)
-    return cut["train"].size, cut["validation"].size, cut["test"].size
+    test = _num_due(num_rows, shares["test"])
+    validation = _num_due(num_rows - test, shares["validation"] / (shares["train"] + shares["validation"]))
+    return num_rows - test - validation, validation, test
 
 
 def cut_by_shares(groups: npt.NDArray[np.int32], shares: Mapping[SplitName, float], seed: int) -> dict[str, Rows]:
@@ -121,8 +125,12 @@ def cut_by_shares(groups: npt.NDArray[np.int32], shares: Mapping[SplitName, floa
 
 
 def _due(num_rows: int, share: float) -> npt.NDArray[np.bool_]:
-    """Which of so many rows are taken, evenly spaced; the tiny addition keeps 0.29 of 100 at 29, not 28."""
-    return np.diff(np.floor(np.arange(num_rows + 1) * share + 1e-9)) > 0
+    """Which of so many rows are taken, evenly spaced: `_num_due` of them."""
+    return np.diff(np.floor(np.arange(num_rows + 1) * share + _TINY)) > 0
+
+
+def _num_due(num_rows: int, share: float) -> int:
+    return math.floor(num_rows * share + _TINY)
 
 
 def repeat_by_weight(rows: Rows, sources: npt.NDArray[np.int32], weights: Sequence[float], seed: int) -> Rows:
