@@ -6,16 +6,15 @@ its own: this one loads neither torch nor transformers.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.estimate.shapes import model_folder
+from launcher.stage_process import ask_apart
 from launcher.stages import Finished, Stage, state_of
 from trainer.base_problems import base_problems, missing_weights
-from trainer.child import run_in_child
 from trainer.errors import TrainerError
 
 _REHEARSAL_S = 600.0  # seconds; a few, of which most go into importing transformers
@@ -71,18 +70,10 @@ def rehearse(config: RunConfig, run_dir: Path, stages: Sequence[Stage]) -> list[
         return []
     if all(isinstance(state_of(stage, config, run_dir), Finished) for stage in to_do):
         return []
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
-        try:
-            notes = run_in_child(
-                "trainer.export.rehearsal:rehearse_base",
-                config.trainer,
-                run_dir,
-                environment={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},  # what is here, and no device
-                log=Path(temporary, "log"),  # what the libraries print for their own developers
-                timeout_s=_REHEARSAL_S,
-            )
-        except TrainerError as error:
-            raise ConfigError(f"{error}\nnothing was started") from error
+    try:
+        notes = ask_apart("trainer.export.rehearsal:rehearse_base", config.trainer, run_dir, timeout_s=_REHEARSAL_S)
+    except TrainerError as error:
+        raise ConfigError(f"{error}\nnothing was started") from error
     return [f"export: {note}" for note in notes]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from launcher.estimate.served import served_models
 from launcher.estimate.shapes import model_folder
 from launcher.placement import in_words
 from launcher.ray_cluster import Resources, misfits, resources_of, uses_gpus
+from launcher.stage_process import ask_apart
 from launcher.stages import STAGES, Differs, Finished, Stage, state_of
-from trainer.child import run_in_child
 from trainer.config import ExportConfig, LoraTuning, PromptTuning, TuningConfig
 from trainer.data.names import is_hub_id, missing, near
 from trainer.devices import card_problems, device_problems, gpu_problems, slow_precision
@@ -57,18 +56,10 @@ def first_look(config: RunConfig) -> FirstLook:
     if _data_problems(config) or (name is not None and _model_problems("model.name_or_path", name)):
         return FirstLook()
     base = None if name is None else model_folder(name, config.model.revision)
-    with tempfile.TemporaryDirectory(prefix="first-look-") as temporary:
-        try:
-            found = run_in_child(
-                "trainer.first_look:first_look",
-                config.trainer,
-                base,
-                environment={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},  # what is here, and no device
-                log=Path(temporary, "log"),  # what the libraries print for their own developers
-                timeout_s=_FIRST_LOOK_S,
-            )
-        except TrainerError as error:
-            return FirstLook(notes=(f"could not be looked at: {error}",))
+    try:
+        found = ask_apart("trainer.first_look:first_look", config.trainer, base, timeout_s=_FIRST_LOOK_S)
+    except TrainerError as error:
+        return FirstLook(notes=(f"could not be looked at: {error}",))
     return FirstLook(tuple(found["problems"]), tuple(found["notes"]))
 
 

@@ -7,6 +7,7 @@ as long as the run, and an engine that is given the same GPU would refuse to sta
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,30 @@ def prepare_apart(config: TrainerConfig, run_dir: Path, *, on_ray: bool) -> dict
         The stage's counts.
     """
     return dict(run_in_child(f"{__name__}:_prepare", config, run_dir, _address() if on_ray else None))
+
+
+def ask_apart(call: str, *arguments: object, timeout_s: float) -> Any:  # noqa: ANN401 - whatever the function returns
+    """Call a function that looks at what this machine has, in a child process without network and devices.
+
+    Args:
+        call: The function as "module:name".
+        arguments: Of the function.
+        timeout_s: Longest time in seconds.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        TrainerError: It failed, or took too long.
+    """
+    with tempfile.TemporaryDirectory(prefix="ask-") as temporary:
+        return run_in_child(
+            call,
+            *arguments,
+            environment={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            log=Path(temporary, "log"),  # what the libraries print for their own developers
+            timeout_s=timeout_s,
+        )
 
 
 def generate_apart(config: GenerationConfig, run_dir: Path, models: Mapping[str, AnsweringModel]) -> dict[str, Any]:

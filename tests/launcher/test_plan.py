@@ -171,7 +171,7 @@ def test_a_path_that_is_nowhere_is_named_with_what_is_near(tmp_path: Path, monke
 
 
 def test_rows_that_are_not_there_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "run_in_child", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(plan, "ask_apart", lambda *_, **__: pytest.fail("a process was started"))
     config = make(tmp_path)
     config.data.path.unlink()
     assert plan.first_look(config) == plan.FirstLook()

@@ -40,6 +40,19 @@ FAMILIES = {
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
 
 
+def five_steps(lr: float) -> dict[str, object]:
+    """The training section of a run of five steps on two ranks, the same for every family."""
+    return {
+        "num_workers": 2,
+        "precision": "fp32",
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "num_epochs": 50,
+        "max_steps": 5,
+        "lr": lr,
+    }
+
+
 def build(family: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write a model of a family and the tokenizer; larger weights than usual make answers differ."""
     sizes = {name: value for name, value in (_SIZES | FAMILIES[family]).items() if value is not None}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.trainer.families import build
+from tests.trainer.families import build, five_steps
 from tests.trainer.test_adapter import write_adapter
 from tests.trainer.test_families import two_engines  # noqa: F401 - a fixture
 from trainer.config import TrainerConfig
@@ -48,15 +48,7 @@ def values(folder: Path, cell: str) -> dict:
         "model": {"name_or_path": str(folder / "bases" / family)} | more,
         "data": {"path": str(folder / "rows.json"), "sequence_length": 250, "num_processes": 1},
         "tuning": tuning,
-        "training": {
-            "num_workers": 2,
-            "precision": "fp32",
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "num_epochs": 50,
-            "max_steps": 5,
-            "lr": 1e-3 if tuning == FULL else 1e-2,
-        },
+        "training": five_steps(1e-3 if tuning == FULL else 1e-2),
         "deepspeed": {"stage": stage},
         "export": {"vllm_prompts": 4, "merge": what == "tokens" and tuning != FULL},
     }

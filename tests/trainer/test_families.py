@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.families import FAMILIES, MIXTURES, build
+from tests.trainer.families import FAMILIES, MIXTURES, build, five_steps
 from trainer.base_problems import base_problems
 from trainer.config import TrainerConfig
 from trainer.export import check
@@ -29,15 +29,7 @@ def values(base: Path, method: str) -> dict:
         "model": {"name_or_path": str(base)},
         "data": {"path": str(base.parent / "rows.json"), "sequence_length": 250},
         "tuning": {"method": "full"} if method == "full" else {"method": "lora", "rank": 4},
-        "training": {
-            "num_workers": 2,
-            "precision": "fp32",
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "num_epochs": 50,
-            "max_steps": 5,
-            "lr": 1e-3 if method == "full" else 1e-2,
-        },
+        "training": five_steps(1e-3 if method == "full" else 1e-2),
         "deepspeed": {"stage": 2},
         "export": {"vllm_prompts": 8, "merge": method == "merged"},
     }
